@@ -1,0 +1,43 @@
+"""The batches: all that modules and datamodules share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LabelledBatch(NamedTuple):
+    """Images with labels: what classifiers train on and every test reads.
+
+    Attributes:
+        images: shape ``[N, 3, H, W]``; uint8 on the way, normalised floats once on the device.
+        labels: class indices, shape ``[N]``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+class DomainBatch(NamedTuple):
+    """One step of domain adaptation. The target has no labels here, so they cannot reach training.
+
+    Attributes:
+        source: labelled images, ``[N, 3, H, W]`` and ``[N]``.
+        target: unlabelled images, ``[M, 3, H, W]``.
+    """
+
+    source: LabelledBatch
+    target: Tensor
+
+
+class PredictionBatch(NamedTuple):
+    """Images to predict and where they came from.
+
+    Attributes:
+        images: shape ``[N, 3, H, W]``.
+        paths: one path an image.
+    """
+
+    images: Tensor
+    paths: list[str]

@@ -1,0 +1,26 @@
+"""What a network hands to a loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class NetworkOutputs(NamedTuple):
+    """One forward pass through backbone, bottleneck and head.
+
+    Attributes:
+        features: the bottleneck's output, shape ``[N, D]``.
+        logits: the head's output, shape ``[N, K]``; never probabilities.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+    def split(self, first: int) -> tuple[NetworkOutputs, NetworkOutputs]:
+        """The first ``first`` samples and the rest: source and target of one concatenated forward."""
+        return (
+            NetworkOutputs(self.features[:first], self.logits[:first]),
+            NetworkOutputs(self.features[first:], self.logits[first:]),
+        )
