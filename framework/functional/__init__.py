@@ -1,0 +1,26 @@
+"""Formulas: tensors in, tensors out. No parameters, no state, no Lightning."""
+
+from __future__ import annotations
+
+from framework.functional.gradient_reversal import reverse_gradient
+from framework.functional.kernels import FIVE_SCALES, gaussian_kernel_sum, mean_squared_distance, squared_distances
+from framework.functional.mmd import biased_mmd, linear_time_mmd, unbiased_mmd
+from framework.functional.precision import full_precision, full_precision_matmul
+from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
+
+__all__ = [
+    "FIVE_SCALES",
+    "biased_mmd",
+    "cosine_with_warmup",
+    "full_precision",
+    "full_precision_matmul",
+    "gaussian_kernel_sum",
+    "inverse_decay",
+    "linear_time_mmd",
+    "mean_squared_distance",
+    "reversal_coefficient",
+    "reverse_gradient",
+    "squared_distances",
+    "step_decay",
+    "unbiased_mmd",
+]

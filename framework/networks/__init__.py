@@ -1,0 +1,50 @@
+"""Networks and layers without Lightning."""
+
+from framework.networks.backbones import create_backbone, list_backbones
+from framework.networks.batch_norm import DomainSpecificBatchNorm, convert_domain_specific, select_domain
+from framework.networks.discriminator import DomainDiscriminator
+from framework.networks.outputs import NetworkOutputs
+from framework.networks.projection import Bottleneck
+from framework.networks.residual import (
+    BasicBlock,
+    BottleneckBlock,
+    PreActivationBlock,
+    ResidualNetwork,
+    resnet8,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+)
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "BottleneckBlock",
+    "DomainDiscriminator",
+    "DomainSpecificBatchNorm",
+    "NetworkOutputs",
+    "PreActivationBlock",
+    "ResidualNetwork",
+    "convert_domain_specific",
+    "create_backbone",
+    "list_backbones",
+    "resnet8",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "select_domain",
+]

@@ -1,0 +1,7 @@
+"""LightningDataModules on image folders."""
+
+from framework.datamodules.base import ImageDataModule
+from framework.datamodules.domain_pair import DomainPairDataModule
+from framework.datamodules.image_folder import ImageFolderDataModule
+
+__all__ = ["DomainPairDataModule", "ImageDataModule", "ImageFolderDataModule"]

@@ -1,0 +1,311 @@
+"""What the datamodules share: loaders of exactly resumable streams, transforms, normalisation, the split's manifest."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from framework.batch import DomainBatch, LabelledBatch, PredictionBatch
+from framework.datamodules.datasets import ImagesWithPaths, LabelledImages, UnlabelledImages
+from framework.datamodules.folders import ImageFiles, check_images
+from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
+from framework.datamodules.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Crop,
+    evaluation_transform,
+    training_transform,
+)
+from framework.errors import ConfigurationError
+from framework.progress import batches_processed
+from framework.seeding import global_seed
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Base of the datamodules on image folders.
+
+    Images travel as uint8 and are normalised as a batch on the device. Training loaders serve endless streams whose
+    position is the run's batch counter, which travels in the checkpoint: a resumed run continues bit for bit.
+
+    Args:
+        batch_size: images per step, rank and domain.
+        eval_batch_size: images per evaluation step and rank; default: twice ``batch_size``.
+        steps_per_epoch: batches in an epoch; default: one pass over the (source) training images.
+        val_fraction: share of the training images held out for validation where no validation folder is given.
+        image_size: height and width that the network sees, in pixels.
+        resize_size: square that images are resized to before a crop; default: ``image_size * 256 / 224``.
+        crop: training crop, ``random_resized``, ``pad``, ``center`` or ``none``.
+        horizontal_flip: mirror half of the training images.
+        mean, std: per-channel statistics of the normalisation, for images in [0, 1].
+        check_images: decode every file once before training, so that a corrupt one ends the run at its start.
+        num_workers: loader processes per domain.
+        seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        val_fraction: float = 0.1,
+        image_size: int = 224,
+        resize_size: int | None = None,
+        crop: Crop = "random_resized",
+        horizontal_flip: bool = True,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        check_images: bool = True,
+        num_workers: int = 2,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        _at_least("--data.batch_size", batch_size, 1)
+        _at_least("--data.eval_batch_size", eval_batch_size, 1)
+        _at_least("--data.steps_per_epoch", steps_per_epoch, 1)
+        _at_least("--data.image_size", image_size, 1)
+        _at_least("--data.num_workers", num_workers, 0)
+        _fraction("--data.val_fraction", val_fraction)
+        if resize_size is not None and resize_size < image_size:
+            raise ConfigurationError(
+                f"Expected `--data.resize_size` to be at least `--data.image_size` = {image_size}, but got "
+                f"{resize_size}."
+            )
+        for flag, values in (("--data.mean", mean), ("--data.std", std)):
+            if len(values) != 3 or (flag == "--data.std" and min(values) <= 0):
+                raise ConfigurationError(f"Expected `{flag}` to be three numbers (std above 0), but got {values}.")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.val_fraction = val_fraction
+        resize_size = resize_size or round(image_size * 256 / 224)
+        self.train_transform = training_transform(image_size, resize_size, crop, horizontal_flip)
+        self.eval_transform = evaluation_transform(image_size, resize_size, crop)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.check_images = check_images
+        self.num_workers = num_workers
+        self.seed = global_seed() if seed is None else seed
+        self._restored_batches = 0
+        self._splits: dict[str, ImageFiles] = {}
+
+    # ------------------------------------------------------------------ what a subclass says
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of their indices; needs no ``setup``."""
+        raise AttributeError("class_names")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; the command line hands it to the model."""
+        return len(self.class_names)
+
+    def _scan(self, stage: str) -> None:
+        """Find the files of a stage (``fit``, ``validate``, ``test``, ``predict``) and check them."""
+        raise AttributeError("_scan")
+
+    # ------------------------------------------------------------------ before training
+    def prepare_data(self) -> None:
+        """Check the folders before anything is built or written: a user's mistake leaves no trace."""
+        self._scan(self._stage)
+
+    def setup(self, stage: str) -> None:
+        """Find the files; in ``fit`` write the split, if there is one, beside the logs."""
+        self._restored_batches = 0  # a checkpoint is restored after setup
+        self._splits = {}
+        self._scan(self._stage)
+        if self._stage == "fit" and self._splits and self.trainer is not None and self.trainer.loggers:
+            self._write_manifest(self.trainer.log_dir)
+
+    @property
+    def _stage(self) -> str:
+        return "fit" if self.trainer is None else str(self.trainer.state.fn.value)  # type: ignore[union-attr]
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _check_files(self, flag: str, files: ImageFiles) -> None:
+        trainer = self.trainer
+        resuming = trainer is not None and trainer.ckpt_path is not None
+        if not self.check_images or resuming or self._stage != "fit" or (trainer and not trainer.is_global_zero):
+            return
+        key = (flag, tuple(files.paths))
+        if key in (checked := self.__dict__.setdefault("_checked", set())):  # once, not in setup again
+            return
+        if len(files) > 20_000:
+            rank_zero_info(f"Checking the {len(files):,} images of `{flag}` (`--data.check_images false` skips this) …")
+        check_images(files.paths, flag)
+        checked.add(key)
+
+    def _check_enough(self, flag: str, files: ImageFiles, batch_flag: str, batch_size: int) -> None:
+        needed = batch_size * self._world_size
+        if len(files) < needed:
+            ranks = f" on each of {self._world_size} processes" if self._world_size > 1 else ""
+            raise ConfigurationError(
+                f"Expected `{flag}` to hold at least one batch, `{batch_flag}` = {batch_size} images{ranks}, but "
+                f"{len(files)} training images are under '{files.root}'. Lower `{batch_flag}`"
+                + (" or `--data.val_fraction`." if self.val_fraction else ".")
+            )
+
+    # ------------------------------------------------------------------ the split's manifest
+    def _split_table(self) -> str:
+        rows = io.StringIO()
+        writer = csv.writer(rows, lineterminator="\n")
+        writer.writerow(["split", "file"])
+        for name, files in self._splits.items():
+            for path in files.paths:
+                writer.writerow([name, Path(path).relative_to(files.root).as_posix()])
+        return rows.getvalue()
+
+    def _write_manifest(self, folder: str | None) -> None:
+        if folder is None or not self.trainer.is_global_zero:  # type: ignore[union-attr]
+            return
+        path = Path(folder) / "split.csv"
+        if not path.exists():  # a resumed run has it already, and load_state_dict compares
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._split_table(), encoding="utf-8")
+
+    def _split_identity(self) -> dict[str, str]:
+        roots = sorted({str(files.root.resolve()) for files in self._splits.values()})
+        return {"roots": "\n".join(roots), "digest": hashlib.sha256(self._split_table().encode()).hexdigest()}
+
+    # ------------------------------------------------------------------ checkpoint
+    def _processed(self) -> int:
+        return batches_processed(self.trainer)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the streams, and what must be equal for the position to mean the same."""
+        return {
+            "batches": max(self._restored_batches, self._processed()),
+            "seed": self.seed,
+            "images_per_step": self.batch_size * self._world_size,
+            "split": self._split_identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the position.
+
+        Raises:
+            ConfigurationError: the run has another seed, or the folder's split is no longer the same.
+        """
+        split = self._split_identity()
+        if split["roots"] == state["split"]["roots"] and split["digest"] != state["split"]["digest"]:
+            raise ConfigurationError(
+                "Expected the split of the run that the checkpoint belongs to, but the files below "
+                f"'{split['roots']}', `--data.val_fraction` or `--seed_everything` have changed since: images that it "
+                "trained on would be tested. Restore them, or give separate folders."
+            )
+        if self._stage != "fit":
+            return
+        if state["seed"] != self.seed:
+            raise ConfigurationError(
+                f"Expected `--seed_everything {state['seed']}`, the seed of the checkpoint's run, but got {self.seed}: "
+                "the data would come in another order."
+            )
+        if state["images_per_step"] != self.batch_size * self._world_size:
+            rank_zero_warn(
+                f"The checkpoint's run took {state['images_per_step']} images a step, this one takes "
+                f"{self.batch_size * self._world_size}: it continues, but not as the uninterrupted run would."
+            )
+        self._restored_batches = state["batches"]
+
+    # ------------------------------------------------------------------ loaders
+    def _steps(self, images: int) -> int:
+        """Batches in an epoch, after ``limit_train_batches``."""
+        steps = self.steps_per_epoch or max(1, images // (self.batch_size * self._world_size))
+        limit = self.trainer.limit_train_batches  # type: ignore[union-attr]
+        return min(steps, limit) if isinstance(limit, int) else max(1, int(steps * (1.0 if limit is None else limit)))
+
+    def _train_loader(
+        self, files: ImageFiles, batch_size: int, steps: int, stream: int = 0, labelled: bool = True
+    ) -> DataLoader[Any]:
+        """Endless stream number ``stream`` of the run: every stream has an order and augmentations of its own."""
+        trainer = self.trainer
+        assert trainer is not None
+        seed = 16 * self.seed + stream
+        sampler = StreamSampler(
+            len(files),
+            batch_size,
+            steps,
+            seed,
+            trainer.global_rank,
+            trainer.world_size,
+            lambda: max(self._restored_batches, self._processed()),
+        )
+        images: Dataset[Any] = (LabelledImages if labelled else UnlabelledImages)(files, self.train_transform)
+        return DataLoader(
+            SeededDraws(images, seed),
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def _eval_loader(self, dataset: LabelledImages | UnlabelledImages | ImagesWithPaths, flag: str) -> DataLoader[Any]:
+        trainer = self.trainer
+        assert trainer is not None
+        if len(dataset) < trainer.world_size:
+            raise ConfigurationError(
+                f"Expected `{flag}` to hold an image for each of {trainer.world_size} processes, but found "
+                f"{len(dataset)}. Lower `--trainer.devices`."
+            )
+        return DataLoader(
+            dataset,
+            batch_size=self.eval_batch_size,
+            sampler=EvaluationShard(len(dataset), trainer.global_rank, trainer.world_size),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # else iterating draws from the run's generator
+        )
+
+    # ------------------------------------------------------------------ pixels
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise the images of a batch on its device."""
+        if isinstance(batch, DomainBatch):
+            source = batch.source._replace(images=self.normalize(batch.source.images))
+            return DomainBatch(source, self.normalize(batch.target))
+        if isinstance(batch, LabelledBatch | PredictionBatch):
+            return batch._replace(images=self.normalize(batch.images))
+        return self.normalize(batch)
+
+    def _statistics(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=like.device).view(3, 1, 1)
+
+        return column(self.mean), column(self.std)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 ``[N, 3, H, W]`` to floats of the model's precision with the given mean and standard deviation."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        dtype = torch.float32 if module is None else module.dtype
+        mean, std = self._statistics(images, dtype)  # type: ignore[arg-type]
+        return (images.to(dtype).div_(255) - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`, clipped to [0, 1], for showing images."""
+        mean, std = self._statistics(images, images.dtype)
+        return (images * std + mean).clamp(0, 1)
+
+
+def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigurationError(f"Expected `{flag}` to be at least {least}, but got {value}.")
+
+
+def _fraction(flag: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigurationError(f"Expected `{flag}` to be in [0, 1), but got {value}.")

@@ -1,0 +1,226 @@
+"""Reading folders of images: what lies where, and clear words for what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as transforms
+
+from framework.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images below one folder.
+
+    Attributes:
+        root: the folder.
+        paths: the files, sorted.
+        labels: a class index for each file; empty where labels are not known or not read.
+        classes: class names in the order of their indices; empty without labels.
+    """
+
+    root: Path
+    paths: list[str]
+    labels: list[int]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: Sequence[int]) -> ImageFiles:
+        """The files at ``indices``, in that order."""
+        labels = [self.labels[i] for i in indices] if self.labels else []
+        return ImageFiles(self.root, [self.paths[i] for i in indices], labels, self.classes)
+
+    def without_labels(self) -> ImageFiles:
+        """The same files with their labels forgotten."""
+        return ImageFiles(self.root, self.paths, [], [])
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _checked_folder(folder: str | Path, flag: str) -> Path:
+    path = Path(folder).expanduser()
+    if not path.exists():
+        raise ConfigurationError(f"Expected `{flag}` to be a folder of images, but '{folder}' does not exist.")
+    if not path.is_dir():
+        raise ConfigurationError(f"Expected `{flag}` to be a folder of images, but '{folder}' is a file.")
+    return path
+
+
+def _images_below(folder: Path, flag: str) -> list[str]:
+    """All image files below ``folder``, sorted; hidden files and folders are passed over."""
+    found = []
+    try:
+        for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [
+                os.path.join(parent, name)  # noqa: PTH118 (a large folder has a million files)
+                for name in sorted(files)
+                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+            ]
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected `{flag}` to be a folder that can be read, but '{error.filename}' cannot: {error.strerror}."
+        ) from error
+    return found
+
+
+def class_names(folder: str | Path, flag: str) -> list[str]:
+    """The class folders of an ImageFolder, sorted: the class indices are their positions.
+
+    Args:
+        folder: an ImageFolder, ``folder/<class>/*``.
+        flag: the option that an error message names.
+
+    Raises:
+        ConfigurationError: the folder cannot be read, or holds fewer than two class folders.
+    """
+    path = _checked_folder(folder, flag)
+    try:
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected `{flag}` to be a folder that can be read, but '{folder}' cannot: {error.strerror}."
+        ) from error
+    if len(names) < 2:
+        raise ConfigurationError(
+            f"Expected `{flag}` to hold a folder for each of at least two classes, but found "
+            f"{len(names)} under '{folder}'."
+        )
+    return names
+
+
+def labelled_images(folder: str | Path, flag: str, classes: Sequence[str] | None = None) -> ImageFiles:
+    """The images of an ImageFolder with their class indices.
+
+    Args:
+        folder: an ImageFolder, ``folder/<class>/*``.
+        flag: the option that an error message names.
+        classes: class names that the folder must agree with, in the order of their indices.
+
+    Raises:
+        ConfigurationError: the folder cannot be read, a class is empty, or its classes differ from ``classes``.
+    """
+    names = class_names(folder, flag)
+    if classes is not None and names != list(classes):
+        missing = sorted(set(classes) - set(names))
+        extra = sorted(set(names) - set(classes))
+        raise ConfigurationError(
+            f"Expected `{flag}` to hold the source's {len(classes)} classes, but under '{folder}' "
+            f"are missing: {_shortened(missing)}; and not in the source: {_shortened(extra)}."
+        )
+    root = Path(folder).expanduser()
+    paths: list[str] = []
+    labels: list[int] = []
+    empty = []
+    for label, name in enumerate(names):
+        images = _images_below(root / name, flag)
+        if not images:
+            empty.append(name)
+        paths += images
+        labels += [label] * len(images)
+    if not paths:
+        raise _no_images(flag, folder)
+    if empty:
+        raise ConfigurationError(
+            f"Expected every class folder of `{flag}` to hold images, but found none in {_shortened(empty)} "
+            f"under '{folder}'. Remove the folder or fill it."
+        )
+    return ImageFiles(root, paths, labels, names)
+
+
+def unlabelled_images(folder: str | Path, flag: str) -> ImageFiles:
+    """The images anywhere below a folder; sub-folders, class folders or not, tell nothing.
+
+    Raises:
+        ConfigurationError: the folder cannot be read, or holds no images.
+    """
+    root = _checked_folder(folder, flag)
+    paths = _images_below(root, flag)
+    if not paths:
+        raise _no_images(flag, folder)
+    return ImageFiles(root, paths, [], [])
+
+
+def _no_images(flag: str, folder: str | Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected `{flag}` to hold images, but found none under '{folder}' (looked for {', '.join(IMG_EXTENSIONS)})."
+    )
+
+
+def _shortened(names: Sequence[str], most: int = 10) -> str:
+    if not names:
+        return "none"
+    return ", ".join(repr(name) for name in names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def read_image(path: str) -> Tensor:
+    """The pixels of an image file, uint8, ``[3, H, W]``; grey and palette images become RGB."""
+    with Image.open(path) as image:
+        pixels: Tensor = transforms.pil_to_tensor(image.convert("RGB"))
+    return pixels
+
+
+def check_images(paths: Sequence[str], flag: str) -> None:
+    """Decode every file once.
+
+    Raises:
+        ConfigurationError: files that cannot be decoded; names the first ones.
+    """
+
+    def problem(path: str) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (1, 1))  # a JPEG is read to its end, but not brought to full size
+                image.load()
+        except Exception as error:  # Pillow raises many kinds: whatever it is, this file cannot be used
+            return f"'{path}': {str(error) or type(error).__name__}"
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = [text for text in pool.map(problem, paths, chunksize=16) if text is not None]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
+        raise ConfigurationError(
+            f"Expected every file of `{flag}` to be an image that can be read, but {len(problems)} of {len(paths)} "
+            f"cannot: {shown}. Remove or mend them."
+        )
+
+
+def stratified_split(labels: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:
+    """Indices split at random, each class by itself.
+
+    Args:
+        labels: the class of each sample (all 0 where labels are unknown: a plain random split).
+        fractions: share of each class that goes to each part; what is left over is the last list.
+        seed: seed of the split.
+
+    Returns:
+        ``len(fractions) + 1`` sorted lists of indices. A class keeps at least one sample in the last list.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+    for label in sorted(by_class):
+        members = by_class[label]
+        shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+        for part, fraction in enumerate(fractions):
+            count = min(round(fraction * len(members)), len(shuffled) - 1)
+            parts[part] += shuffled[:count]
+            shuffled = shuffled[count:]
+        parts[-1] += shuffled
+    return [sorted(part) for part in parts]

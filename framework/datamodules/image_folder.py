@@ -1,0 +1,107 @@
+"""One labelled folder: training, validation and test of a classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from framework.datamodules.base import ImageDataModule, _fraction
+from framework.datamodules.datasets import ImagesWithPaths, LabelledImages
+from framework.datamodules.folders import class_names, labelled_images, stratified_split, unlabelled_images
+from framework.errors import ConfigurationError
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Labelled images of one domain, from ``root/{train,val,test}/<class>/*`` or from one folder ``root/<class>/*``.
+
+    Where ``root/train`` exists, ``root/val`` and ``root/test`` are used if they are there, and validation images are
+    split off the training images if ``root/val`` is not. One folder is split by the seed, each class by itself, and
+    the split is written to ``split.csv`` in the run's folder.
+
+    Args:
+        root: the folder.
+        test_fraction: share of one folder held out for ``test``.
+        predict: folder of images for ``predict``; default: the test images.
+        options: those of :class:`~framework.datamodules.base.ImageDataModule`.
+    """
+
+    def __init__(self, root: str, *, test_fraction: float = 0.2, predict: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        _fraction("--data.test_fraction", test_fraction)
+        if test_fraction + self.val_fraction >= 1:
+            raise ConfigurationError(
+                "Expected `--data.test_fraction` and `--data.val_fraction` to leave images for training, but they "
+                f"are {test_fraction} and {self.val_fraction}."
+            )
+        self.root, self.test_fraction, self.predict = root, test_fraction, predict
+
+    def _part(self, name: str) -> Path | None:
+        part = Path(self.root).expanduser() / name
+        return part if part.is_dir() else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class folders, sorted."""
+        return class_names(self._part("train") or self.root, "--data.root")
+
+    def _scan(self, stage: str) -> None:
+        if stage == "predict" and self.predict is not None:
+            self.predict_files = unlabelled_images(self.predict, "--data.predict")
+            return
+        if self._part("train") is None:
+            self._split_one_folder()
+        else:
+            self._read_parts(stage)
+        if stage == "test" and not self.test_files:
+            raise ConfigurationError(
+                f"Expected a folder 'test' under `--data.root` '{self.root}' or a `--data.test_fraction` above 0, but "
+                "found neither: `test` has no images."
+            )
+        if stage == "predict":
+            self.predict_files = self.test_files or self.val_files
+        if stage == "fit":
+            self._check_enough("--data.root", self.train_files, "--data.batch_size", self.batch_size)
+
+    def _split_one_folder(self) -> None:
+        files = labelled_images(self.root, "--data.root")
+        self._check_files("--data.root", files)
+        test, val, train = stratified_split(files.labels, [self.test_fraction, self.val_fraction], self.seed)
+        self.train_files, self.test_files = files.subset(train), files.subset(test)
+        self.val_files = files.subset(val or train)
+        self._splits = {"train": self.train_files, "val": self.val_files, "test": self.test_files}
+
+    def _read_parts(self, stage: str) -> None:
+        classes = self.class_names
+        train = labelled_images(self._part("train") or self.root, "--data.root")
+        self._check_files("--data.root", train)
+        val_folder, test_folder = self._part("val"), self._part("test")
+        if val_folder is not None:
+            self.train_files = train
+            self.val_files = labelled_images(val_folder, "--data.root", classes)
+            self._check_files("--data.root", self.val_files)
+        else:
+            val, kept = stratified_split(train.labels, [self.val_fraction], self.seed)
+            self.train_files, self.val_files = train.subset(kept), train.subset(val or kept)
+            self._splits = {"train": self.train_files, "val": self.val_files}
+        self.test_files = train.subset([])
+        if test_folder is not None:
+            self.test_files = labelled_images(test_folder, "--data.root", classes)
+            self._check_files("--data.root", self.test_files)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """An endless stream of labelled images cut into epochs."""
+        return self._train_loader(self.train_files, self.batch_size, self._steps(len(self.train_files)))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Labelled validation images."""
+        return self._eval_loader(LabelledImages(self.val_files, self.eval_transform), "--data.root")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Labelled test images."""
+        return self._eval_loader(LabelledImages(self.test_files, self.eval_transform), "--data.root")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Images with their paths."""
+        return self._eval_loader(ImagesWithPaths(self.predict_files, self.eval_transform), "--data.predict")

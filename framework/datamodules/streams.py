@@ -1,0 +1,118 @@
+"""Samplers and the seeded dataset that make any batch of a run reproducible on its own.
+
+Training data are endless streams cut into epochs of full batches. Nothing depends on how a position was reached, so a
+run that stops anywhere and resumes sees the batches, and the augmentations, of the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+
+class Draw(int):
+    """The index of a sample, with the number of its draw in the stream.
+
+    Attributes:
+        number: how many samples the stream served before this one, over all ranks.
+    """
+
+    number: int
+
+    def __new__(cls, index: int, number: int) -> Draw:
+        draw = super().__new__(cls, index)
+        draw.number = number
+        return draw
+
+    def __reduce__(self) -> tuple[type[Draw], tuple[int, int]]:  # on the way to a worker process
+        return Draw, (int(self), self.number)
+
+
+class StreamSampler(DistributedSampler[Any]):
+    """One endless stream of permutations of ``range(size)``, served as epochs of ``steps`` full batches.
+
+    The position is the run's batch counter and permutation ``k`` is a function of ``(seed, k)``. Rank ``r`` takes slice
+    ``r`` of each global batch, so what a step draws does not depend on the number of ranks. It is a
+    ``DistributedSampler`` only so that Lightning leaves it alone.
+
+    Args:
+        size: images in the domain.
+        batch_size: images per step and rank.
+        steps: batches in an epoch.
+        seed: seed of the order.
+        rank, world_size: this process and the number of processes.
+        counter: returns the number of batches already processed.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, steps: int, seed: int, rank: int, world_size: int, counter: Callable[[], int]
+    ) -> None:
+        self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
+        self.rank, self.world_size, self.counter = rank, world_size, counter
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: Lightning's epoch can be one off after a resume, the batch counter never is."""
+
+    def _permutation(self, k: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + k)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[Draw]:
+        first = self.counter()
+        last = first - first % self.steps + self.steps
+        current, permutation = -1, []
+        for batch in range(first, last):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            for number in range(start, start + self.batch_size):
+                if number // self.size != current:
+                    current = number // self.size
+                    permutation = self._permutation(current)
+                yield Draw(permutation[number % self.size], number)
+
+
+class SeededDraws(Dataset[Any]):
+    """Augments each draw from ``(seed, number of the draw)``: whatever worker, rank or resumed run asks for it."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        number = getattr(index, "number", index)  # a plain index comes from Trainer(overfit_batches=...)
+        # the generator itself: torch.manual_seed costs a hundred times more on a CUDA build without a GPU
+        state = torch.default_generator.get_state()
+        seed = (self.seed * 2_000_003 + int(number)) % (1 << 63)
+        try:
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % (1 << 32))
+            return self.dataset[int(index)]
+        finally:
+            torch.default_generator.set_state(state)
+
+
+class EvaluationShard(DistributedSampler[Any]):
+    """Every sample exactly once over all ranks. A stock ``DistributedSampler`` pads, and counts some twice."""
+
+    def __init__(self, size: int, rank: int, world_size: int) -> None:
+        self.indices = range(rank, size, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: evaluation has one order."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)

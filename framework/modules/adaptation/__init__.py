@@ -1,0 +1,8 @@
+"""Unsupervised domain adaptation: one method, one file."""
+
+from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
+from framework.modules.adaptation.dan import DAN
+from framework.modules.adaptation.dann import DANN
+from framework.modules.adaptation.source_only import SourceOnly
+
+__all__ = ["DAN", "DANN", "AlignmentLoss", "DomainAdaptation", "SourceOnly"]

@@ -1,0 +1,176 @@
+"""What every domain-adaptation method shares: one forward of both domains, the loss, label-free validation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from framework.batch import DomainBatch, LabelledBatch
+from framework.errors import ConfigurationError
+from framework.functional import unbiased_mmd
+from framework.metrics import InformationMaximization
+from framework.modules.base import ImageClassifier, at_least_zero
+from framework.networks import NetworkOutputs, convert_domain_specific, select_domain
+from framework.progress import batches_planned, batches_processed
+
+Domain = Literal["source", "target"]
+
+
+class AlignmentLoss(nn.Module):
+    """A loss between two domains: ``forward(source, target, progress) -> scalar``.
+
+    Subclasses are plain modules of tensors, usable in any training loop.
+
+    Attributes:
+        diagnostics: what the last forward measured, detached 0-d tensors by name; the base logs them as ``train/…``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.diagnostics: dict[str, Tensor] = {}
+
+    def forward(self, source: NetworkOutputs, target: NetworkOutputs, progress: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            source: features ``[N, D]`` and logits ``[N, K]`` of source images.
+            target: features ``[M, D]`` and logits ``[M, K]`` of target images.
+            progress: how far the training is, a 0-d tensor in [0, 1].
+        """
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+
+class DomainAdaptation(ImageClassifier):
+    """Base of the methods: cross-entropy on the source plus ``trade_off`` times an alignment loss of both domains.
+
+    A method sets ``self.alignment`` and is done; one with a loop of its own overrides ``training_step``. It does not
+    train by itself, so that a checkpoint is never mistaken for the base's.
+
+    Args:
+        num_classes: number of classes ``K``.
+        trade_off: weight of the alignment loss.
+        batch_norm: which images share batch statistics in training. ``joint``: one forward of the concatenated batch;
+            ``separate``: a forward for each domain, with common weights and running statistics; ``domain_specific``:
+            weights and statistics of batch normalisation are each domain's own (Chang et al., CVPR 2019), and the
+            target's are used in test and prediction.
+        global_alignment: with several processes, align the gathered batch of all of them, as one process with the
+            whole batch would; otherwise each its own share.
+        bottleneck_features: width ``D`` of the layer whose output is aligned; 0 aligns the backbone's output.
+        options: those of :class:`~framework.modules.base.ImageClassifier`.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/target_information_maximization", "max")
+
+    alignment: AlignmentLoss
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        trade_off: float = 1.0,
+        batch_norm: Literal["joint", "separate", "domain_specific"] = "joint",
+        global_alignment: bool = True,
+        bottleneck_features: int = 256,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, bottleneck_features=bottleneck_features, **options)
+        at_least_zero("--model.trade_off", trade_off)
+        if batch_norm not in ("joint", "separate", "domain_specific"):
+            raise ConfigurationError(
+                f"Expected `--model.batch_norm` to be 'joint', 'separate' or 'domain_specific', but got {batch_norm!r}."
+            )
+        self.trade_off, self.batch_norm, self.global_alignment = trade_off, batch_norm, global_alignment
+        if batch_norm == "domain_specific":
+            self.backbone = convert_domain_specific(self.backbone)
+            self.bottleneck = convert_domain_specific(self.bottleneck)
+        self.val_information = InformationMaximization(num_classes)
+        self._val_features: dict[Domain, list[Tensor]] = {"source": [], "target": []}
+
+    def setup(self, stage: str) -> None:
+        """Refuse a run without a planned length: progress in [0, 1] needs one."""
+        if stage == "fit" and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+            raise ConfigurationError(
+                "Expected `--trainer.max_epochs` or `--trainer.max_steps` to bound the run, but both are -1: schedules "
+                "of domain adaptation need to know its length."
+            )
+
+    def configure_model(self) -> None:
+        """Compile the alignment loss too."""
+        super().configure_model()
+        alignment = getattr(self, "alignment", None)
+        if self.compile_networks and alignment is not None and not getattr(alignment, "_compiled_call_impl", None):
+            alignment.compile()
+
+    # ------------------------------------------------------------------ training
+    @property
+    def progress(self) -> Tensor:
+        """Batches processed over batches planned, a 0-d tensor in [0, 1]."""
+        planned = batches_planned(self.trainer) or 1
+        return torch.full((), min(1.0, batches_processed(self.trainer) / planned), device=self.device)
+
+    def outputs_in(self, domain: Domain, images: Tensor) -> NetworkOutputs:
+        """Outputs of images that all come from one domain."""
+        if self.batch_norm != "domain_specific":
+            return self.outputs(images)
+        select_domain(self, domain)
+        outputs = self.outputs(images)
+        select_domain(self, "target")  # what inference uses
+        return outputs
+
+    def domain_outputs(self, source: Tensor, target: Tensor) -> tuple[NetworkOutputs, NetworkOutputs]:
+        """Outputs of source ``[N, 3, H, W]`` and target images ``[M, 3, H, W]`` under the batch-norm policy."""
+        if self.batch_norm == "joint":
+            return self.outputs(torch.cat([source, target])).split(len(source))
+        return self.outputs_in("source", source), self.outputs_in("target", target)
+
+    def gathered(self, outputs: NetworkOutputs) -> NetworkOutputs:
+        """The outputs of all processes, with gradients; DDP's mean then equals the single process's gradient."""
+        if not self.global_alignment or self.trainer.world_size == 1:
+            return outputs
+        return NetworkOutputs(*(self._all(tensor) for tensor in outputs))
+
+    def _all(self, tensor: Tensor) -> Tensor:
+        gathered = self.all_gather(tensor, sync_grads=True)  # [processes, N, ...]
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
+    def training_step(self, batch: DomainBatch, batch_idx: int) -> Tensor | None:
+        """Classification on the source plus alignment of the domains."""
+        source, target = self.domain_outputs(batch.source.images, batch.target)
+        classification_loss = self.classification_loss(source.logits, batch.source.labels)
+        alignment_loss = self.alignment(self.gathered(source), self.gathered(target), self.progress)
+        return self.logged_loss(
+            classification_loss + self.trade_off * alignment_loss,
+            classification_loss=classification_loss,
+            alignment_loss=alignment_loss,
+            **self.alignment.diagnostics,
+        )
+
+    # ------------------------------------------------------------------ evaluation
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Accuracy on labelled source images; label-free scores on target images."""
+        if isinstance(batch, LabelledBatch):
+            outputs = self.outputs_in("source", batch.images)
+            self.val_accuracy.update(outputs.logits, batch.labels)
+            self.log("val/source_accuracy", self.val_accuracy, add_dataloader_idx=False, prog_bar=True)
+            self._keep_features("source", outputs)
+        else:
+            outputs = self.outputs_in("target", batch)
+            self.val_information.update(outputs.logits)
+            self._keep_features("target", outputs)
+
+    def _keep_features(self, domain: Domain, outputs: NetworkOutputs, most: int = 512) -> None:
+        kept = self._val_features[domain]
+        room = most - sum(len(features) for features in kept)
+        if room > 0:
+            kept.append(outputs.features[:room])
+
+    def on_validation_epoch_end(self) -> None:
+        """Label-free scores of the target, and the distance of the domains' features."""
+        self.log("val/target_information_maximization", self.val_information, prog_bar=True)
+        features = {domain: torch.cat(kept) for domain, kept in self._val_features.items() if kept}
+        self._val_features = {"source": [], "target": []}
+        if len(features) == 2 and min(len(kept) for kept in features.values()) > 1:
+            self.log("val/mmd", unbiased_mmd(features["source"], features["target"]), sync_dist=True)

@@ -1,0 +1,309 @@
+"""What every classifier shares: the network's parts, optimisation, metrics, prediction, reproducible steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypedDict
+
+import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from framework.batch import LabelledBatch, PredictionBatch
+from framework.errors import ConfigurationError, did_you_mean
+from framework.functional.schedules import cosine_with_warmup, inverse_decay, step_decay
+from framework.metrics import test_metrics
+from framework.networks import Bottleneck, NetworkOutputs, create_backbone
+from framework.progress import batches_processed
+from framework.running_means import RunningMeans
+from framework.seeding import global_seed
+
+Schedule = Literal["constant", "inverse_decay", "cosine", "step"]
+
+
+class Predictions(TypedDict):
+    """What ``predict_step`` returns for a batch.
+
+    Keys:
+        paths: one path an image.
+        classes: predicted class indices, ``[N]``.
+        probabilities: ``[N, K]``.
+    """
+
+    paths: list[str]
+    classes: Tensor
+    probabilities: Tensor
+
+
+class ImageClassifier(L.LightningModule):
+    """Backbone, bottleneck and head, trained by cross-entropy on labelled images.
+
+    All arguments are plain values, so that a checkpoint rebuilds its module by itself.
+
+    Args:
+        num_classes: number of classes ``K``; the command line takes it from the data.
+        backbone: name of the backbone, see :func:`framework.networks.create_backbone`.
+        weights: pretrained weights of the backbone: a torchvision name such as ``DEFAULT``, the path of a local file,
+            or None to start at random.
+        backbone_options: more arguments of the backbone, such as ``{stochastic_depth: 0.1}``.
+        bottleneck_features: width ``D`` of the layer between backbone and head; 0 for none.
+        bottleneck_normalization: ``batch`` or ``none``, after the bottleneck's linear layer.
+        bottleneck_dropout: dropout probability after the bottleneck.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        learning_rate: of new layers (bottleneck, head, discriminators).
+        backbone_learning_rate_factor: the backbone learns at this multiple of ``learning_rate``.
+        optimizer: name of an optimizer of ``torch.optim``.
+        weight_decay: of the optimizer.
+        optimizer_options: more arguments of the optimizer; SGD has ``{momentum: 0.9, nesterov: true}`` by default.
+        schedule: of the learning rate, per optimizer step ``i``: ``constant``; ``inverse_decay``, ``(1 + gamma i) **
+            -beta`` with ``{gamma: 0.001, beta: 0.75}``; ``cosine`` with ``{warmup: 0, minimum: 0.0}``; ``step`` with
+            ``{milestones: [...], factor: 0.1}``.
+        schedule_options: arguments of the schedule.
+        compile: run the backbone (and an alignment loss) through ``torch.compile``.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
+    """What chooses the best checkpoint."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: str = "resnet18",
+        weights: str | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        bottleneck_features: int = 0,
+        bottleneck_normalization: Literal["batch", "none"] = "batch",
+        bottleneck_dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        learning_rate: float = 0.01,
+        backbone_learning_rate_factor: float = 0.1,
+        optimizer: str = "SGD",
+        weight_decay: float = 1e-3,
+        optimizer_options: dict[str, Any] | None = None,
+        schedule: Schedule = "constant",
+        schedule_options: dict[str, Any] | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if num_classes < 2:
+            raise ConfigurationError(f"Expected `--model.num_classes` to be at least 2, but got {num_classes}.")
+        in_range("--model.label_smoothing", label_smoothing, 0, 1)
+        at_least_zero("--model.learning_rate", learning_rate)
+        at_least_zero("--model.backbone_learning_rate_factor", backbone_learning_rate_factor)
+        at_least_zero("--model.bottleneck_features", bottleneck_features)
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.learning_rate, self.backbone_learning_rate_factor = learning_rate, backbone_learning_rate_factor
+        self.optimizer_class, self.optimizer_arguments = _optimizer(optimizer, weight_decay, optimizer_options)
+        self.schedule, self.schedule_options = schedule, _schedule_options(schedule, schedule_options)
+        self.compile_networks = compile
+
+        self.backbone = create_backbone(backbone, weights, **(backbone_options or {}))
+        self.bottleneck: nn.Module = nn.Identity()
+        self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        if bottleneck_features:
+            self.bottleneck = Bottleneck(
+                self.num_features, bottleneck_features, bottleneck_normalization, bottleneck_dropout
+            )
+            self.num_features = bottleneck_features
+        self.head = nn.Linear(self.num_features, num_classes)
+
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_metrics = test_metrics(num_classes)
+        self.test_confusion = MulticlassConfusionMatrix(num_classes)
+        self._means = RunningMeans()
+
+    # ------------------------------------------------------------------ network
+    def outputs(self, images: Tensor) -> NetworkOutputs:
+        """Features ``[N, D]`` and logits ``[N, K]`` of images ``[N, 3, H, W]``."""
+        features = self.bottleneck(self.backbone(images))
+        return NetworkOutputs(features, self.head(features))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[N, K]`` of images ``[N, 3, H, W]``."""
+        return self.outputs(images).logits
+
+    def configure_model(self) -> None:
+        """Compile in place, which keeps the names in the state dict."""
+        if self.compile_networks and not getattr(self.backbone, "_compiled_call_impl", None):
+            self.backbone.compile()
+
+    # ------------------------------------------------------------------ training
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Cross-entropy of a labelled batch."""
+        return self.logged_loss(self.classification_loss(self(batch.images), batch.labels))
+
+    def classification_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of logits ``[N, K]`` and class indices ``[N]`` or probabilities ``[N, K]``."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def logged_loss(self, loss: Tensor, **terms: Tensor) -> Tensor:
+        """``loss``, after logging it and the named terms that it is made of under ``train/``."""
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self._means.add({f"train/{name}": term.detach() for name, term in terms.items()})
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout and the like depend on (seed, batch, rank) only: a resumed run draws what the uninterrupted one does,
+        and two ranks draw different numbers."""
+        seed = ((global_seed() * 1_000_003 + batches_processed(self.trainer)) * 4096 + self.global_rank) % (1 << 63)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm of each part and the learning rate of each group, every ``log_every_n_steps``."""
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        if (step + 1) % self.trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
+            return
+        for group in optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                norm = torch.nn.utils.get_total_norm(gradients)
+                self._means.add({f"train/gradient_norm/{group['name']}": norm.detach()})
+            self._means.add({f"train/learning_rate/{group['name']}": torch.tensor(group["lr"])})
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Hand the running means to the loggers where a row is due."""
+        self._means.write(self.trainer)
+
+    # ------------------------------------------------------------------ optimisation
+    def learning_rate_factor(self, part: str) -> float:
+        """The multiple of ``learning_rate`` at which a part of the network learns."""
+        return self.backbone_learning_rate_factor if part == "backbone" else 1.0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group for each part that learns: backbone, bottleneck, head, and what a method adds."""
+        groups = []
+        for name, part in self.named_children():
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            if parameters:
+                rate = self.learning_rate * self.learning_rate_factor(name)
+                groups.append({"params": parameters, "lr": rate, "name": name})
+        return groups
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the parameter groups, its learning rates scheduled per step."""
+        optimizer = self.optimizer_class(self.parameter_groups(), **self.optimizer_arguments)
+        options = dict(self.schedule_options)
+        if self.schedule == "constant":
+            return optimizer
+        if self.schedule == "cosine":
+            options["total"] = int(self.trainer.estimated_stepping_batches)
+        functions: dict[str, Callable[..., float]] = {
+            "inverse_decay": inverse_decay,
+            "cosine": cosine_with_warmup,
+            "step": step_decay,
+        }
+        function = functions[self.schedule]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: function(step, **options))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ------------------------------------------------------------------ evaluation
+    def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+        """Accuracy and loss of labelled images."""
+        logits = self(batch.images)
+        self.val_accuracy.update(logits, batch.labels)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(logits))
+        self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=len(logits))
+
+    def test_step(self, batch: LabelledBatch, batch_idx: int) -> None:
+        """Accuracy, mean class accuracy, macro-F1, calibration and confusion matrix of labelled images."""
+        logits = self(batch.images).float()
+        self.test_metrics.update(logits, batch.labels)
+        self.test_confusion.update(logits, batch.labels)
+        self.log_dict(self.test_metrics, batch_size=len(logits))
+
+    def on_test_start(self) -> None:
+        """Count anew: the confusion matrix is not logged, so Lightning does not reset it."""
+        self.test_confusion.reset()
+
+    def predict_step(self, batch: PredictionBatch, batch_idx: int) -> Predictions:
+        """Predicted classes and probabilities, with the paths of the images."""
+        probabilities = self(batch.images).float().softmax(dim=1)
+        return Predictions(paths=list(batch.paths), classes=probabilities.argmax(dim=1), probabilities=probabilities)
+
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint holds its weights, so that rebuilding the module from it must not fetch others."""
+        if "weights" in (hyperparameters := checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})):
+            hyperparameters["weights"] = None
+
+
+def at_least_zero(flag: str, value: float) -> None:
+    """Refuse a negative value."""
+    if value < 0:
+        raise ConfigurationError(f"Expected `{flag}` to be 0 or more, but got {value}.")
+
+
+def in_range(flag: str, value: float, low: float, high: float) -> None:
+    """Refuse a value outside ``[low, high)``."""
+    if not low <= value < high:
+        raise ConfigurationError(f"Expected `{flag}` to be at least {low} and below {high}, but got {value}.")
+
+
+def _optimizer(
+    name: str, weight_decay: float, options: dict[str, Any] | None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    known = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    by_lower_case = {key.lower(): key for key in known}
+    if name.lower() not in by_lower_case:
+        raise ConfigurationError(
+            f"Expected `--model.optimizer` to be an optimizer of torch.optim, but got {name!r}. "
+            f"{did_you_mean(name, known)}"
+        )
+    cls = known[by_lower_case[name.lower()]]
+    arguments: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if cls is torch.optim.SGD else {}
+    arguments |= {"weight_decay": weight_decay} | (options or {})
+    accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "params", "lr"}
+    for key in arguments:
+        if key not in accepted:
+            flag = f"--model.{key}" if key == "weight_decay" else "--model.optimizer_options"
+            raise ConfigurationError(
+                f"Expected `{flag}` to be an option of {cls.__name__}, but got {key!r}. {did_you_mean(key, accepted)}"
+            )
+    try:
+        cls([torch.zeros(1, requires_grad=True)], **({"lr": 0.1} | arguments))
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"Expected `--model.optimizer_options` that {cls.__name__} takes, but got {arguments}: {error}"
+        ) from error
+    return cls, arguments
+
+
+def _schedule_options(schedule: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    defaults: dict[str, dict[str, Any]] = {
+        "constant": {},
+        "inverse_decay": {"gamma": 1e-3, "beta": 0.75},
+        "cosine": {"warmup": 0, "minimum": 0.0},
+        "step": {"milestones": None, "factor": 0.1},
+    }
+    if schedule not in defaults:
+        raise ConfigurationError(
+            f"Expected `--model.schedule` to be one of {', '.join(defaults)}, but got {schedule!r}. "
+            f"{did_you_mean(schedule, defaults)}"
+        )
+    known = defaults[schedule]
+    for key in options or {}:
+        if key not in known:
+            raise ConfigurationError(
+                f"Expected `--model.schedule_options` to be options of {schedule!r} ({', '.join(known) or 'none'}), "
+                f"but got {key!r}."
+            )
+    merged = known | (options or {})
+    if schedule == "step" and not merged["milestones"]:
+        raise ConfigurationError(
+            "Expected `--model.schedule_options.milestones` to list optimizer steps for `--model.schedule step`, "
+            "but got none."
+        )
+    return merged

@@ -1,0 +1,70 @@
+"""Domain-specific batch normalisation (Chang et al., CVPR 2019, arXiv:1906.03950)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from framework.errors import ConfigurationError
+
+Domain = Literal["source", "target"]
+
+
+class DomainSpecificBatchNorm(nn.Module):
+    """One batch norm per domain, each with its own statistics, scale and shift (Chang et al. 2019, section 4.2).
+
+    Shapes are those of ``original``. Both start as copies of it, so that pretrained weights carry over to both.
+
+    Attributes:
+        source: the batch norm of the source domain.
+        target: the batch norm of the target domain.
+        domain: which of them ``forward`` uses; "target" until :func:`select_domain` says otherwise, so that inference
+            and export use the target's. Not part of the ``state_dict``.
+    """
+
+    def __init__(self, original: _BatchNorm) -> None:
+        super().__init__()
+        self.source = copy.deepcopy(original)
+        self.target = copy.deepcopy(original)
+        self.training = original.training
+        self.domain: Domain = "target"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        normalized: Tensor = self.source(inputs) if self.domain == "source" else self.target(inputs)
+        return normalized
+
+
+def convert_domain_specific(module: nn.Module) -> nn.Module:
+    """Replace every batch norm in ``module`` by a :class:`DomainSpecificBatchNorm`, in place.
+
+    Returns ``module``, or its replacement if it is itself a batch norm. A second call changes nothing. A batch norm
+    that is used in several places stays one. Build the optimizer afterwards: the parameters are new.
+    """
+    return _convert(module, {})
+
+
+def _convert(module: nn.Module, converted: dict[nn.Module, nn.Module]) -> nn.Module:
+    if isinstance(module, DomainSpecificBatchNorm):
+        return module
+    if isinstance(module, _BatchNorm):
+        return converted.setdefault(module, DomainSpecificBatchNorm(module))
+    for name, child in module._modules.items():  # named_children() would skip the second use of a shared module
+        if child is not None:
+            module._modules[name] = _convert(child, converted)
+    return module
+
+
+def select_domain(module: nn.Module, domain: Domain) -> None:
+    """Make every :class:`DomainSpecificBatchNorm` in ``module`` use the statistics and weights of ``domain``.
+
+    Raises:
+        ConfigurationError: ``domain`` is neither "source" nor "target".
+    """
+    if domain not in ("source", "target"):
+        raise ConfigurationError(f"Expected `domain` to be 'source' or 'target', but got {domain!r}.")
+    for child in module.modules():
+        if isinstance(child, DomainSpecificBatchNorm):
+            child.domain = domain

@@ -1,0 +1,84 @@
+"""The Trainer with the project's defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, SampleImages
+from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from framework.errors import ConfigurationError
+from framework.loggers import AppendingCSVLogger, TensorBoardRun
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, with runs in ``lightning_logs/<experiment>/version_N``.
+
+    It adds, unless told otherwise: TensorBoard and ``metrics.csv`` in the run's folder, the checkpoints ``last.ckpt``
+    and ``best.ckpt`` written atomically, sample images, the hyperparameters with the final metrics, the confusion
+    matrix of a test and the table of a prediction.
+
+    Args:
+        experiment: name of the experiment, a folder below ``lightning_logs``; may hold slashes.
+        run: folder of an existing run, to continue or evaluate it there.
+        logger: a logger, loggers, or False for none; default: the two above.
+        callbacks: callbacks to add; a ``ModelCheckpoint`` among them does not replace ``last`` and ``best``.
+        enable_checkpointing: False for no checkpoints.
+        options: those of ``lightning.pytorch.Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        experiment: str = "default",
+        run: str | None = None,
+        logger: Logger | list[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        plugins: Any = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = False,
+        num_sanity_val_steps: int | None = 0,
+        **options: Any,
+    ) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        dry = bool(options.get("fast_dev_run")) or bool(options.get("barebones"))
+        if logger is None or logger is True:
+            logger = _loggers(experiment, run) if not dry else None
+        added: list[Callback] = [] if dry else [SampleImages(), FinalMetrics(), ConfusionMatrix(), PredictionWriter()]
+        if enable_checkpointing is not False and not dry:
+            added += [BestCheckpoint(), LastCheckpoint()]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        if enable_progress_bar is not False and not own_bar and not options.get("barebones"):
+            added.append(TQDMProgressBar(refresh_rate=10))
+        added = [a for a in added if not any(type(a) is type(g) for g in given)]  # the user's own one counts
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins is not None else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        super().__init__(
+            logger=logger,
+            callbacks=[*given, *added],
+            plugins=plugins,
+            enable_checkpointing=enable_checkpointing,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            num_sanity_val_steps=num_sanity_val_steps,
+            **options,
+        )
+
+
+def _loggers(experiment: str, run: str | None) -> list[Logger]:
+    if run is None:
+        board = TensorBoardRun("lightning_logs", experiment)
+    else:
+        folder = Path(run)
+        if not folder.is_dir():
+            raise ConfigurationError(f"Expected `--trainer.run` to be the folder of a run, but '{run}' is none.")
+        folder = folder.resolve()
+        board = TensorBoardRun(folder.parent.parent, folder.parent.name, folder.name)
+    return [board, AppendingCSVLogger(board)]
