@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import torch
@@ -20,9 +22,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import framework.datamodules
-import framework.modules
+from framework.cli_errors import ABSTRACT, class_names, constructor_message, missing_class, readable
 from framework.errors import ConfigurationError, did_you_mean
+from framework.loggers import TensorBoardRun
 from framework.trainer import Trainer
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -32,47 +34,31 @@ DEBUG = "FRAMEWORK_DEBUG"
 class Parser(LightningArgumentParser):
     """Prints what is wrong in a line or two, without the usage and without jsonargparse's account of every attempt."""
 
+    arguments: ClassVar[Sequence[str]] = ()
+    """The command line, which a message may refer to."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **({"prog": "framework"} | options))
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the message and exit with 2."""
+        if not self.exit_on_error:  # a parser within the parser: its caller tries another type, or adds where it was
+            super().error(message, ex)
         if os.environ.get(DEBUG) and ex is not None:
             traceback.print_exception(ex)
-        print(f"framework: error: {readable(str(message))}", file=sys.stderr)
+        print(f"framework: error: {readable(str(message), self.arguments)}", file=sys.stderr)
         raise SystemExit(2)
-
-
-def readable(message: str) -> str:
-    """The useful lines of a jsonargparse message."""
-    noise = ("Expected a <class 'NoneType'>", "Given value", "Subtypes:", "Does not validate", "Errors:", "Got value:")
-    lines = [line.strip().lstrip("- ").strip() for line in message.splitlines()]
-    kept = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
-    text = "\n    ".join(kept)
-    if match := re.search(r"[Uu]nexpected import path format: (\w+)", text):
-        text += f"\n    {did_you_mean(match.group(1), _class_names())}"
-    class_path = re.search(r"class_path '([\w.]+)'", text)
-    if class_path and "is not accepted" in text:
-        text += f"\n    See `--{_home(class_path.group(1))}.help {class_path.group(1).rsplit('.', 1)[-1]}`."
-    return text
-
-
-def _class_names() -> list[str]:
-    return [
-        name
-        for module in (framework.modules, framework.datamodules)
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, L.LightningModule | L.LightningDataModule)
-    ]
-
-
-def _home(class_path: str) -> str:
-    return "data" if "datamodules" in class_path else "model"
 
 
 class RunConfiguration(SaveConfigCallback):
     """Writes the resolved configuration beside the logs: ``config.yaml`` for the first fit, a file of its own for each
-    later command on the same run."""
+    later command on the same run.
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, **options: Any) -> None:
-        super().__init__(parser, config, **options)
+    Attributes:
+        started: whether the first batch is due; a run that ends before that has nothing to keep.
+    """
+
+    started = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose a free name, say where the run is, write."""
@@ -80,9 +66,15 @@ class RunConfiguration(SaveConfigCallback):
         if self.already_saved or folder is None or not trainer.loggers:
             return
         if trainer.is_global_zero:
-            self.config_filename = _free_name(Path(folder), stage)
+            self.config_filename = _free_name(Path(folder), str(getattr(stage, "value", stage)))
             print(f"Run: {os.path.relpath(folder)}", flush=True)
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The run has begun."""
+        self.started = True
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
 def _free_name(folder: Path, stage: str) -> str:
@@ -123,38 +115,108 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what would fail later, or in silence."""
         config = self.config[self.subcommand]
-        for key, example in (("model", "DANN"), ("data", "DomainPairDataModule")):
+        for key in ("model", "data"):
             if config.get(key) is None:
+                raise ConfigurationError(missing_class(key))
+            home, _, name = config[key].class_path.rpartition(".")
+            if name in ABSTRACT and home.split(".")[0] == "framework":
                 raise ConfigurationError(
-                    f"Expected `--{key}` to name a class, such as `--{key} {example}`, or a `--config` that does, but "
-                    f"got none. Known: {', '.join(name for name in _class_names() if _is(name, key))}."
+                    f"Expected `--{key}` to be a class that can be used as it is, but got {name}, a base of others. "
+                    f"Known: {', '.join(class_names(key))}."
                 )
         arguments = config.model.get("init_args", {})
         if arguments.get("num_classes") is not None:
             raise ConfigurationError("Expected no `--model.num_classes`: it comes from the data. Remove it.")
         if config.get("ckpt_path"):
-            check_checkpoint(config.ckpt_path, config.model.class_path)
+            epoch = check_checkpoint(config.ckpt_path, config.model.class_path)
+            epochs = config.trainer.max_epochs
+            if self.subcommand == "fit" and epochs is not None and 0 <= epochs <= epoch:
+                raise ConfigurationError(
+                    f"Expected `--trainer.max_epochs` to be more than the {epoch} epochs that '{config.ckpt_path}' has "
+                    f"behind it, but got {epochs}."
+                )
             if "weights" in arguments:
                 arguments.weights = None  # the checkpoint holds them
+        elif self.subcommand != "fit" and not config.trainer.fast_dev_run:
+            raise ConfigurationError(
+                f"Expected `--run` or `--ckpt_path`, the trained network to {self.subcommand}, but got neither."
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse a seed that Lightning would refuse with a traceback."""
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not 0 <= int(seed) < 2**32:
+            raise ConfigurationError(f"Expected `--seed_everything` to be from 0 to {2**32 - 1}, but got {seed}.")
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and Trainer; what a constructor refuses is the user's mistake."""
+        try:
+            super().instantiate_classes()
+        except ConfigurationError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            message = constructor_message(str(error))
+            if "`--" not in message:
+                config = self.config[self.subcommand]
+                helps = (f"`--{key}.help {config[key].class_path.rsplit('.', 1)[-1]}`" for key in ("model", "data"))
+                message = f"{message} See {' and '.join(helps)}."
+            raise ConfigurationError(message) from error
+
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        """The Trainer; what it refuses is the user's mistake."""
+        try:
+            trainer: L.Trainer = super().instantiate_trainer(**options)
+        except ConfigurationError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            message = " ".join(str(error).split())
+            given = list(self.config[self.subcommand].trainer.items())
+            named = [name for name, _ in given if re.search(rf"\b{name}\b", message)]
+            named = named or [name for name, value in given if isinstance(value, str) and value in message]
+            flags = " and ".join(f"`--trainer.{name}`" for name in named) or "`--trainer` options"
+            raise ConfigurationError(f"Expected {flags} that Lightning takes, but: {message}") from error
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        configuration = next((c for c in self.trainer.callbacks if isinstance(c, RunConfiguration)), None)  # type: ignore[attr-defined]
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if configuration is None or not configuration.started:
+                self._discard_run()
+            raise
+        if subcommand == "fit" and configuration is not None and not configuration.started:
+            print(
+                "Nothing was left to train: the checkpoint is at the end of the run. Raise `--trainer.max_epochs` (now "
+                f"{self.trainer.max_epochs}) or `--trainer.max_steps` (now {self.trainer.max_steps}) to go on."
+            )
+
+    def _discard_run(self) -> None:
+        """Remove the folder that this run has made, where it ends before its first batch."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardRun) and logger.claimed is not None:
+                shutil.rmtree(logger.claimed, ignore_errors=True)
 
 
-def _is(name: str, key: str) -> bool:
-    home = framework.modules if key == "model" else framework.datamodules
-    value = getattr(home, name, None)
-    return value is not None and name not in ("ImageClassifier", "DomainAdaptation", "ImageDataModule")
+def check_checkpoint(path: str, class_path: str) -> int:
+    """Refuse a checkpoint that is not there, cannot be read, or belongs to another class of model.
 
-
-def check_checkpoint(path: str, class_path: str) -> None:
-    """Refuse a checkpoint that is not there, cannot be read, or belongs to another class of model."""
+    Returns:
+        The epoch that it was written in, counted from 0.
+    """
     if not Path(path).is_file():
-        raise ConfigurationError(f"Expected `--ckpt_path` to be a checkpoint file, but '{path}' does not exist.")
+        raise ConfigurationError(
+            f"Expected `--ckpt_path` to be a checkpoint file, but '{path}' "
+            + ("is a folder." if Path(path).is_dir() else "does not exist.")
+        )
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        hyperparameters = checkpoint["hyper_parameters"]
+        hyperparameters, epoch = checkpoint["hyper_parameters"], int(checkpoint["epoch"])
     except Exception as error:  # a broken file can break the loader in any way
         raise ConfigurationError(
             f"Expected `--ckpt_path` to be a checkpoint of this framework, but '{path}' cannot be read as one: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{type(error).__name__}: {str(error).split('. ')[0].splitlines()[0] if str(error) else ''}"
         ) from error
     written = hyperparameters.get("_class_path")
     if written is not None and written.rsplit(".", 1)[-1] != class_path.rsplit(".", 1)[-1]:
@@ -162,6 +224,7 @@ def check_checkpoint(path: str, class_path: str) -> None:
             f"Expected `--ckpt_path` to be a checkpoint of `--model` {class_path.rsplit('.', 1)[-1]}, but '{path}' is "
             f"one of {written.rsplit('.', 1)[-1]}."
         )
+    return epoch
 
 
 def expand_run(arguments: list[str]) -> list[str]:
@@ -206,63 +269,97 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 @contextmanager
-def stop_in_order() -> Iterator[list[int]]:
-    """Let Ctrl-C finish the batch and save, as SIGTERM does; a second one stops at once. Yields what was received."""
-    received: list[int] = []
+def stop_in_order(subcommand: str) -> Iterator[list[int]]:
+    """Let Ctrl-C finish the batch and save, as SIGTERM does in ``fit``; a second one stops at once.
 
-    def stop(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
+    Before the first batch, and in the other commands, there is nothing to save: both signals stop at once. Yields the
+    list of the SIGINTs received.
+    """
+    received: list[int] = []
+    process = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a loader's worker, to which the terminal sends Ctrl-C too
+            return
         received.append(number)
+        lightning_stops = signal.getsignal(signal.SIGTERM) is not terminate and subcommand == "fit"
+        if len(received) > 1 or not lightning_stops:
+            raise KeyboardInterrupt
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("\nStopping after this batch, then saving last.ckpt (Ctrl-C again stops at once) …", file=sys.stderr)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(process, signal.SIGTERM)
 
-    earlier = signal.signal(signal.SIGINT, stop)
+    def terminate(number: int, frame: Any) -> None:
+        # Lightning's handler for SIGTERM calls this one too: in `fit` it then stops after the batch
+        if os.getpid() == process and (subcommand != "fit" or signal.getsignal(number) is terminate):
+            raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield received
+        return
+    earlier = {
+        number: signal.signal(number, f) for number, f in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate))
+    }
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def run(arguments: list[str]) -> int:
     """Run a subcommand and return the exit code."""
-    if arguments[0].startswith("-") or arguments[0] not in SUBCOMMANDS:
-        print(
-            f"framework: error: Expected a command, {', '.join(SUBCOMMANDS)}, but got {arguments[0]!r}. "
-            f"{did_you_mean(arguments[0], SUBCOMMANDS)}",
-            file=sys.stderr,
+    if arguments[0] not in SUBCOMMANDS:
+        return _mistake(
+            ConfigurationError(
+                f"Expected a command, {', '.join(SUBCOMMANDS)}, but got {arguments[0]!r}. "
+                f"{did_you_mean(arguments[0], SUBCOMMANDS)}"
+            )
         )
-        return 2
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", module="jsonargparse.*")
-    sys.argv = [sys.argv[0], *arguments] if len(sys.argv) > 1 else sys.argv
-    with stop_in_order() as received:
+    for key in ("model", "data"):
+        if arguments[-1] == f"--{key}.help" and not any(a.split("=")[0] == f"--{key}" for a in arguments):
+            return _mistake(
+                ConfigurationError(f"Expected a name after `--{key}.help`. Known: {', '.join(class_names(key))}.")
+            )
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    Parser.arguments = arguments
+    with warnings.catch_warnings(), stop_in_order(arguments[0]) as received:
+        for message in (
+            ".*does not have many workers.*",
+            ".*LeafSpec.*",
+            "(?s).*(JsonargparseDeprecationWarning|removed in v5).*",  # calls that Lightning makes
+            ".*args parameter is intended.*",
+            ".*dirpath has changed.*",  # a checkpoint of another run
+            ".*exists and is not empty.*",  # a resumed run's folder: that is what was asked for
+        ):
+            warnings.filterwarnings("ignore", message=message)
         try:
-            command = expand_run(arguments)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
-                CommandLine(command)
+            CommandLine(expand_run(arguments))
         except SIGTERMException:  # Lightning's own exit code would be 0
             return 130 if received else 143
+        except KeyboardInterrupt:
+            return 130
+        except SystemExit as stop:  # the parser's, or Lightning's after a KeyboardInterrupt
+            return 130 if received else stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except (ConfigurationError, MisconfigurationException) as error:
             return _mistake(error)
         except RuntimeError as error:
-            if "Error(s) in loading state_dict" in str(error):
-                return _mistake(
-                    ConfigurationError(
-                        "Expected a checkpoint of the same network, but its weights do not fit the `--model` options: "
-                        + " ".join(str(error).split())[:600]
-                    )
-                )
-            raise
+            message = " ".join(str(error).split())
+            if "Error(s) in loading state_dict" in message:
+                shown = message if len(message) < 400 else message[:400] + " …"
+                message = f"Expected `--model` options of the network that the checkpoint holds, but: {shown}"
+            elif not message.startswith("Early stopping conditioned on metric"):
+                raise
+            return _mistake(ConfigurationError(message))
     return 0
 
 
 def _mistake(error: Exception) -> int:
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
-    print(f"framework: error: {error}", file=sys.stderr)
+    message = str(error)
+    if "Original Traceback" in message:  # raised in a loader's worker: only its last line is for the user
+        message = message.strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
+    print(f"framework: error: {message}", file=sys.stderr)
     return 2

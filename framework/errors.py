@@ -22,9 +22,10 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 5) -> str:
     >>> did_you_mean("x", ["resnet18", "vgg16"])
     "Known: 'resnet18', 'vgg16'."
     """
-    names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=limit, cutoff=0.6)
+    names = sorted(set(known))
+    by_lower_case = {known_name.lower(): known_name for known_name in names}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=limit, cutoff=0.6)
     if near:
-        return f"Did you mean {' or '.join(repr(n) for n in near)}?"
+        return f"Did you mean {' or '.join(repr(by_lower_case[n]) for n in near)}?"
     shown = ", ".join(repr(n) for n in names[:20])
     return f"Known: {shown}{', …' if len(names) > 20 else ''}."

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from framework.errors import ConfigurationError
+
 
 class TensorBoardRun(TensorBoardLogger):
     """TensorBoard in ``root/experiment/version_N``; ``N`` is claimed by making the folder, so two runs never share one.
@@ -18,7 +20,12 @@ class TensorBoardRun(TensorBoardLogger):
         root: folder of all runs.
         experiment: name of the experiment.
         version: name of an existing run's folder, to continue it; default: a new ``version_N``.
+
+    Attributes:
+        claimed: the folder that this logger has made, None until then.
     """
+
+    claimed: Path | None = None
 
     def __init__(self, root: str | Path, experiment: str, version: str | None = None) -> None:
         super().__init__(str(root), name=experiment, version=version, default_hp_metric=False)
@@ -35,12 +42,26 @@ class TensorBoardRun(TensorBoardLogger):
     def _claimed(self) -> int:
         number = self._get_next_version()
         while True:
+            folder = Path(self.root_dir) / f"version_{number}"
             try:
-                (Path(self.root_dir) / f"version_{number}").mkdir(parents=True)
-            except FileExistsError:  # another run took it in between
-                number += 1
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+            except FileExistsError as error:
+                if not folder.exists():  # what is in the way is a file where a parent should be
+                    raise _cannot_write(self.root_dir, error) from error
+                number += 1  # another run took it in between
+            except OSError as error:
+                raise _cannot_write(self.root_dir, error) from error
             else:
+                self.claimed = folder
                 return number
+
+
+def _cannot_write(folder: str, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected to write the run below '{folder}', but cannot: {error.strerror}. Change the working directory or "
+        "`--trainer.experiment`."
+    )
 
 
 class AppendingCSVLogger(Logger):

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+from torchmetrics.utilities import dim_zero_cat
+
+from framework.functional import unbiased_mmd
 
 
 def test_metrics(num_classes: int) -> MetricCollection:
-    """Accuracy, mean accuracy of the classes, macro-F1 and expected calibration error (15 bins), named ``test/…``."""
+    """Accuracy, mean accuracy of the classes, macro-F1 and expected calibration error (15 bins), named ``test/…``.
+
+    They take logits ``[N, K]`` and class indices ``[N]``.
+    """
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "mean_class_accuracy": MulticlassAccuracy(num_classes, average="macro"),
             "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
+            "calibration_error": CalibrationError(num_classes, n_bins=15),
         },
         prefix="test/",
     )
+
+
+class CalibrationError(MulticlassCalibrationError):
+    """Expected calibration error of logits.
+
+    torchmetrics' own takes a batch of logits that all happen to lie in [0, 1] for probabilities.
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add predictions.
+
+        Args:
+            preds: logits, shape ``[N, K]``.
+            target: class indices, shape ``[N]``.
+        """
+        super().update(preds.float().softmax(dim=1), target)
 
 
 class InformationMaximization(Metric):
@@ -62,6 +84,41 @@ class InformationMaximization(Metric):
     def marginal_entropy(self) -> Tensor:
         """Entropy of the mean prediction: near 0 where the predictions have collapsed to one class."""
         return _entropy(self.probabilities / self.count)
+
+
+class DomainDiscrepancy(Metric):
+    """Unbiased squared maximum mean discrepancy of two domains' features (Gretton et al., JMLR 2012, eq. 3).
+
+    A metric and not a logged scalar, so that every process takes part in its reduction, however few images it has.
+
+    Args:
+        most: features kept of each domain and process; the first ones.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    source: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, most: int = 512, **options: Any) -> None:
+        super().__init__(**options)
+        self.most = most
+        self.add_state("source", [], dist_reduce_fx="cat")
+        self.add_state("target", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, domain: Literal["source", "target"]) -> None:
+        """Add features ``[N, D]`` of a domain."""
+        kept = self.source if domain == "source" else self.target
+        room = self.most - sum(len(part) for part in kept)
+        if room > 0:
+            kept.append(features[:room].float())
+
+    def compute(self) -> Tensor:
+        """The estimate, a 0-d tensor; NaN where a domain has fewer than two images."""
+        source, target = dim_zero_cat(self.source), dim_zero_cat(self.target)
+        if min(len(source), len(target)) < 2:
+            return torch.full((), float("nan"), device=source.device)
+        return unbiased_mmd(source, target)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

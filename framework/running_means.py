@@ -26,7 +26,8 @@ class RunningMeans:
     def write(self, trainer: L.Trainer) -> None:
         """Write a row if one is due at this batch, and start the next means."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the loggers' own x-axis
-        if (step + 1) % trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every == 0 or (step + 1) % every != 0:
             return
         row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}

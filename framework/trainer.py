@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Trainer(L.Trainer):
         logger: a logger, loggers, or False for none; default: the two above.
         callbacks: callbacks to add; a ``ModelCheckpoint`` among them does not replace ``last`` and ``best``.
         enable_checkpointing: False for no checkpoints.
+        limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: batches an epoch as a whole
+            number, or a share of them as a fraction (``1`` is one batch, ``1.0`` all).
         options: those of ``lightning.pytorch.Trainer``.
     """
 
@@ -44,6 +47,11 @@ class Trainer(L.Trainer):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = False,
         num_sanity_val_steps: int | None = 0,
+        # here for the command line: in Lightning's signature the float comes first, and 1 would become 1.0, all batches
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
         **options: Any,
     ) -> None:
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -60,6 +68,10 @@ class Trainer(L.Trainer):
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins is not None else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        # Lightning cannot know that these streams resume exactly: their position is in the datamodule's state
+        warnings.filterwarnings(
+            "ignore", message=".*ended before the epoch ended and your dataloader is not resumable.*"
+        )
         super().__init__(
             logger=logger,
             callbacks=[*given, *added],
@@ -68,6 +80,10 @@ class Trainer(L.Trainer):
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
             num_sanity_val_steps=num_sanity_val_steps,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
             **options,
         )
 

@@ -27,7 +27,7 @@ def seed() -> None:
 def write_images(
     folder: Path, classes: list[str] | None = None, count: int = 6, size: int = 16, offset: int = 0, seed: int = 0
 ) -> Path:
-    """Noise images whose brightness tells the class, ``folder/<class>/<i>.png``, or ``folder/<i>.png`` without classes."""
+    """Noise images whose brightness tells the class: ``folder/<class>/<i>.png``, without classes ``folder/<i>.png``."""
     generator = np.random.default_rng(seed)
     for index, name in enumerate(classes or [""]):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def images() -> Callable[..., Path]:
     """The writer of small image folders."""
     return write_images

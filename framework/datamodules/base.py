@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = global_seed() if seed is None else seed
         self._restored_batches = 0
         self._splits: dict[str, ImageFiles] = {}
+        self._columns: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ what a subclass says
     @property
@@ -121,24 +124,29 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Find the files; in ``fit`` write the split, if there is one, beside the logs."""
+        stage = str(getattr(stage, "value", stage))
         self._restored_batches = 0  # a checkpoint is restored after setup
         self._splits = {}
-        self._scan(self._stage)
-        if self._stage == "fit" and self._splits and self.trainer is not None and self.trainer.loggers:
+        self._scan(stage)
+        if stage == "fit" and self._splits and self.trainer is not None and self.trainer.loggers:
             self._write_manifest(self.trainer.log_dir)
 
     @property
     def _stage(self) -> str:
-        return "fit" if self.trainer is None else str(self.trainer.state.fn.value)  # type: ignore[union-attr]
+        function = None if self.trainer is None else self.trainer.state.fn
+        return "fit" if function is None else str(function.value)
+
+    # without a trainer (in a notebook, say) the loaders are those of one process at the start of a run
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
 
     @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
     def _check_files(self, flag: str, files: ImageFiles) -> None:
-        trainer = self.trainer
-        resuming = trainer is not None and trainer.ckpt_path is not None
-        if not self.check_images or resuming or self._stage != "fit" or (trainer and not trainer.is_global_zero):
+        if not self.check_images or self._stage != "fit" or self._rank != 0:
             return
         key = (flag, tuple(files.paths))
         if key in (checked := self.__dict__.setdefault("_checked", set())):  # once, not in setup again
@@ -182,12 +190,13 @@ class ImageDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ checkpoint
     def _processed(self) -> int:
-        return batches_processed(self.trainer)  # type: ignore[arg-type]
+        """The run's batch counter; the loops' own is restored later than the datamodule's."""
+        return max(self._restored_batches, 0 if self.trainer is None else batches_processed(self.trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the streams, and what must be equal for the position to mean the same."""
         return {
-            "batches": max(self._restored_batches, self._processed()),
+            "batches": self._processed(),
             "seed": self.seed,
             "images_per_step": self.batch_size * self._world_size,
             "split": self._split_identity(),
@@ -199,20 +208,21 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             ConfigurationError: the run has another seed, or the folder's split is no longer the same.
         """
-        split = self._split_identity()
-        if split["roots"] == state["split"]["roots"] and split["digest"] != state["split"]["digest"]:
-            raise ConfigurationError(
-                "Expected the split of the run that the checkpoint belongs to, but the files below "
-                f"'{split['roots']}', `--data.val_fraction` or `--seed_everything` have changed since: images that it "
-                "trained on would be tested. Restore them, or give separate folders."
-            )
-        if self._stage != "fit":
-            return
-        if state["seed"] != self.seed:
+        if self._stage == "fit" and state["seed"] != self.seed:
             raise ConfigurationError(
                 f"Expected `--seed_everything {state['seed']}`, the seed of the checkpoint's run, but got {self.seed}: "
                 "the data would come in another order."
             )
+        split = self._split_identity()
+        if split["roots"] == state["split"]["roots"] and split["digest"] != state["split"]["digest"]:
+            folders = split["roots"].replace("\n", "' and '")
+            raise ConfigurationError(
+                "Expected the split of the run that the checkpoint belongs to, but the files below "
+                f"'{folders}', `--data.val_fraction` or `--seed_everything` have changed since: images that it "
+                "trained on would be tested. Restore them, or give separate folders."
+            )
+        if self._stage != "fit":
+            return
         if state["images_per_step"] != self.batch_size * self._world_size:
             rank_zero_warn(
                 f"The checkpoint's run took {state['images_per_step']} images a step, this one takes "
@@ -222,27 +232,18 @@ class ImageDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ loaders
     def _steps(self, images: int) -> int:
-        """Batches in an epoch, after ``limit_train_batches``."""
+        """Batches in an epoch; not more than a ``limit_train_batches`` that is a number, so that none is prefetched in
+        vain. (A fraction is taken of what is returned here.)"""
         steps = self.steps_per_epoch or max(1, images // (self.batch_size * self._world_size))
-        limit = self.trainer.limit_train_batches  # type: ignore[union-attr]
-        return min(steps, limit) if isinstance(limit, int) else max(1, int(steps * (1.0 if limit is None else limit)))
+        limit = None if self.trainer is None else self.trainer.limit_train_batches
+        return min(steps, limit) if isinstance(limit, int) else steps
 
     def _train_loader(
         self, files: ImageFiles, batch_size: int, steps: int, stream: int = 0, labelled: bool = True
     ) -> DataLoader[Any]:
         """Endless stream number ``stream`` of the run: every stream has an order and augmentations of its own."""
-        trainer = self.trainer
-        assert trainer is not None
         seed = 16 * self.seed + stream
-        sampler = StreamSampler(
-            len(files),
-            batch_size,
-            steps,
-            seed,
-            trainer.global_rank,
-            trainer.world_size,
-            lambda: max(self._restored_batches, self._processed()),
-        )
+        sampler = StreamSampler(len(files), batch_size, steps, seed, self._rank, self._world_size, self._processed)
         images: Dataset[Any] = (LabelledImages if labelled else UnlabelledImages)(files, self.train_transform)
         return DataLoader(
             SeededDraws(images, seed),
@@ -253,23 +254,23 @@ class ImageDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=leave_stopping_to_the_run,
         )
 
     def _eval_loader(self, dataset: LabelledImages | UnlabelledImages | ImagesWithPaths, flag: str) -> DataLoader[Any]:
-        trainer = self.trainer
-        assert trainer is not None
-        if len(dataset) < trainer.world_size:
+        if len(dataset) < self._world_size:
             raise ConfigurationError(
-                f"Expected `{flag}` to hold an image for each of {trainer.world_size} processes, but found "
+                f"Expected `{flag}` to hold an image for each of {self._world_size} processes, but found "
                 f"{len(dataset)}. Lower `--trainer.devices`."
             )
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
-            sampler=EvaluationShard(len(dataset), trainer.global_rank, trainer.world_size),
+            sampler=EvaluationShard(len(dataset), self._rank, self._world_size),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else iterating draws from the run's generator
+            worker_init_fn=leave_stopping_to_the_run,
         )
 
     # ------------------------------------------------------------------ pixels
@@ -282,23 +283,40 @@ class ImageDataModule(L.LightningDataModule):
             return batch._replace(images=self.normalize(batch.images))
         return self.normalize(batch)
 
-    def _statistics(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=like.device).view(3, 1, 1)
-
-        return column(self.mean), column(self.std)
+    def _statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if (device, dtype) not in self._columns:  # once: a copy to the device makes the host wait
+            with torch.inference_mode(False):
+                columns = torch.tensor([self.mean, self.std], dtype=dtype, device=device).view(2, 3, 1, 1)
+            self._columns[device, dtype] = (columns[0], columns[1])
+        return self._columns[device, dtype]
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 ``[N, 3, H, W]`` to floats of the model's precision with the given mean and standard deviation."""
         module = None if self.trainer is None else self.trainer.lightning_module
         dtype = torch.float32 if module is None else module.dtype
-        mean, std = self._statistics(images, dtype)  # type: ignore[arg-type]
-        return (images.to(dtype).div_(255) - mean) / std
+        mean, std = self._statistics(images.device, dtype)  # type: ignore[arg-type]
+        return (images.to(dtype) / 255 - mean) / std
 
     def denormalize(self, images: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`, clipped to [0, 1], for showing images."""
-        mean, std = self._statistics(images, images.dtype)
+        mean, std = self._statistics(images.device, images.dtype)
         return (images * std + mean).clamp(0, 1)
+
+
+def leave_stopping_to_the_run(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a loader's worker: terminals and schedulers send them to every process of the run,
+    which would lose its workers before it has finished the batch and saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    # multiprocessing ends what is left with SIGTERM and waits for it: for ever, since the workers above ignore that.
+    # There are some left where a run has ended in an error.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _at_least(flag: str, value: int | None, least: int) -> None:

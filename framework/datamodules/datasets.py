@@ -55,9 +55,9 @@ class ImagesWithPaths(Dataset[PredictionBatch]):
 def _transformed(path: str, transform: v2.Transform) -> Tensor:
     try:
         image = read_image(path)
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds
         raise ConfigurationError(
-            f"Expected '{path}' to be an image that can be read, but: {error}. "
+            f"Expected '{path}' to be an image that can be read, but got {type(error).__name__}: {error}. "
             "`--data.check_images true` finds such files before training."
         ) from error
     transformed: Tensor = transform(image)

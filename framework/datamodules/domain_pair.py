@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
@@ -39,6 +39,8 @@ class DomainPairDataModule(ImageDataModule):
         target_batch_size: target images per step and rank; default: ``batch_size``.
         options: those of :class:`~framework.datamodules.base.ImageDataModule`.
     """
+
+    batch_type: ClassVar[type] = DomainBatch
 
     def __init__(
         self,

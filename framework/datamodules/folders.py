@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as transforms
@@ -52,11 +53,21 @@ def _raise(error: OSError) -> None:
 
 def _checked_folder(folder: str | Path, flag: str) -> Path:
     path = Path(folder).expanduser()
-    if not path.exists():
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError as error:  # a folder above it is closed to us, or the name is too long
+        raise _unreadable(flag, folder, error) from error
+    if not exists:
         raise ConfigurationError(f"Expected `{flag}` to be a folder of images, but '{folder}' does not exist.")
-    if not path.is_dir():
+    if not is_folder:
         raise ConfigurationError(f"Expected `{flag}` to be a folder of images, but '{folder}' is a file.")
     return path
+
+
+def _unreadable(flag: str, folder: str | Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected `{flag}` to be a folder that can be read, but '{folder}' cannot: {error.strerror}."
+    )
 
 
 def _images_below(folder: Path, flag: str) -> list[str]:
@@ -71,10 +82,17 @@ def _images_below(folder: Path, flag: str) -> list[str]:
                 if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
             ]
     except OSError as error:
-        raise ConfigurationError(
-            f"Expected `{flag}` to be a folder that can be read, but '{error.filename}' cannot: {error.strerror}."
-        ) from error
+        raise _unreadable(flag, error.filename, error) from error
     return found
+
+
+def subfolders(folder: str | Path, flag: str) -> list[str]:
+    """Names of the folders in ``folder``, sorted; hidden ones are passed over."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(flag, folder, error) from error
 
 
 def class_names(folder: str | Path, flag: str) -> list[str]:
@@ -88,12 +106,7 @@ def class_names(folder: str | Path, flag: str) -> list[str]:
         ConfigurationError: the folder cannot be read, or holds fewer than two class folders.
     """
     path = _checked_folder(folder, flag)
-    try:
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise ConfigurationError(
-            f"Expected `{flag}` to be a folder that can be read, but '{folder}' cannot: {error.strerror}."
-        ) from error
+    names = subfolders(path, flag)
     if len(names) < 2:
         raise ConfigurationError(
             f"Expected `{flag}` to hold a folder for each of at least two classes, but found "
@@ -118,8 +131,8 @@ def labelled_images(folder: str | Path, flag: str, classes: Sequence[str] | None
         missing = sorted(set(classes) - set(names))
         extra = sorted(set(names) - set(classes))
         raise ConfigurationError(
-            f"Expected `{flag}` to hold the source's {len(classes)} classes, but under '{folder}' "
-            f"are missing: {_shortened(missing)}; and not in the source: {_shortened(extra)}."
+            f"Expected `{flag}` to hold the {len(classes)} classes of the training images, but under '{folder}' "
+            f"are missing: {_shortened(missing)}; and not among those of training: {_shortened(extra)}."
         )
     root = Path(folder).expanduser()
     paths: list[str] = []
@@ -167,10 +180,26 @@ def _shortened(names: Sequence[str], most: int = 10) -> str:
 
 
 def read_image(path: str) -> Tensor:
-    """The pixels of an image file, uint8, ``[3, H, W]``; grey and palette images become RGB."""
+    """The pixels of an image file, uint8, ``[3, H, W]``.
+
+    Grey and palette images become RGB, 16-bit grey ones are scaled to 8 bits. Transparency is dropped, and the
+    orientation of EXIF is not applied, as in torchvision's ``ImageFolder``.
+
+    Raises:
+        OSError, ValueError, SyntaxError: as Pillow does, for a file that it cannot decode.
+    """
     with Image.open(path) as image:
-        pixels: Tensor = transforms.pil_to_tensor(image.convert("RGB"))
+        pixels: Tensor = transforms.pil_to_tensor(_rgb(image))
     return pixels
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # I;16 and its like; Pillow reads 16-bit PGM as I, and would clip all of them at 255
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_images(paths: Sequence[str], flag: str) -> None:
@@ -184,9 +213,9 @@ def check_images(paths: Sequence[str], flag: str) -> None:
         try:
             with Image.open(path) as image:
                 image.draft("RGB", (1, 1))  # a JPEG is read to its end, but not brought to full size
-                image.load()
+                _rgb(image)
         except Exception as error:  # Pillow raises many kinds: whatever it is, this file cannot be used
-            return f"'{path}': {str(error) or type(error).__name__}"
+            return f"'{path}': {_reason(error, path)}"
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -197,6 +226,12 @@ def check_images(paths: Sequence[str], flag: str) -> None:
             f"Expected every file of `{flag}` to be an image that can be read, but {len(problems)} of {len(paths)} "
             f"cannot: {shown}. Remove or mend them."
         )
+
+
+def _reason(error: Exception, path: str) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "empty" if os.path.getsize(path) == 0 else "not an image"  # noqa: PTH202
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def stratified_split(labels: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader
 
+from framework.batch import LabelledBatch
 from framework.datamodules.base import ImageDataModule, _fraction
 from framework.datamodules.datasets import ImagesWithPaths, LabelledImages
-from framework.datamodules.folders import class_names, labelled_images, stratified_split, unlabelled_images
+from framework.datamodules.folders import (
+    ImageFiles,
+    class_names,
+    labelled_images,
+    stratified_split,
+    subfolders,
+    unlabelled_images,
+)
 from framework.errors import ConfigurationError
+
+PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")  # names of parts, hardly of classes
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -27,6 +37,8 @@ class ImageFolderDataModule(ImageDataModule):
         options: those of :class:`~framework.datamodules.base.ImageDataModule`.
     """
 
+    batch_type: ClassVar[type] = LabelledBatch
+
     def __init__(self, root: str, *, test_fraction: float = 0.2, predict: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         _fraction("--data.test_fraction", test_fraction)
@@ -39,21 +51,31 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _part(self, name: str) -> Path | None:
         part = Path(self.root).expanduser() / name
-        return part if part.is_dir() else None
+        # without folders in it, it is a class of that name: VisDA-2017 has a class "train"
+        return part if part.is_dir() and subfolders(part, "--data.root") else None
 
     @property
     def class_names(self) -> list[str]:
         """The class folders, sorted."""
-        return class_names(self._part("train") or self.root, "--data.root")
+        train = self._part("train")
+        names = class_names(train or self.root, "--data.root")
+        if train is None and all(name.lower() in PARTS for name in names):
+            raise ConfigurationError(
+                f"Expected `--data.root` to hold folders train, val and test with class folders in them, or class "
+                f"folders, but '{self.root}' holds {', '.join(repr(name) for name in names)}, and no 'train' with "
+                "class folders. Rename them, or give one of them as `--data.root`."
+            )
+        return names
 
     def _scan(self, stage: str) -> None:
         if stage == "predict" and self.predict is not None:
             self.predict_files = unlabelled_images(self.predict, "--data.predict")
             return
+        classes = self.class_names
         if self._part("train") is None:
-            self._split_one_folder()
+            self._split_one_folder(classes)
         else:
-            self._read_parts(stage)
+            self._read_parts(stage, classes)
         if stage == "test" and not self.test_files:
             raise ConfigurationError(
                 f"Expected a folder 'test' under `--data.root` '{self.root}' or a `--data.test_fraction` above 0, but "
@@ -64,31 +86,33 @@ class ImageFolderDataModule(ImageDataModule):
         if stage == "fit":
             self._check_enough("--data.root", self.train_files, "--data.batch_size", self.batch_size)
 
-    def _split_one_folder(self) -> None:
-        files = labelled_images(self.root, "--data.root")
-        self._check_files("--data.root", files)
+    def _split_one_folder(self, classes: list[str]) -> None:
+        files = self._labelled(Path(self.root), classes)
         test, val, train = stratified_split(files.labels, [self.test_fraction, self.val_fraction], self.seed)
         self.train_files, self.test_files = files.subset(train), files.subset(test)
         self.val_files = files.subset(val or train)
         self._splits = {"train": self.train_files, "val": self.val_files, "test": self.test_files}
 
-    def _read_parts(self, stage: str) -> None:
-        classes = self.class_names
-        train = labelled_images(self._part("train") or self.root, "--data.root")
-        self._check_files("--data.root", train)
-        val_folder, test_folder = self._part("val"), self._part("test")
+    def _read_parts(self, stage: str, classes: list[str]) -> None:
+        train_folder, val_folder, test_folder = self._part("train"), self._part("val"), self._part("test")
+        assert train_folder is not None
+        self.test_files = ImageFiles(train_folder, [], [], classes)
+        if test_folder is not None:
+            self.test_files = self._labelled(test_folder, classes)
+        if stage == "test" or (stage == "predict" and self.test_files):
+            return  # the training images may have gone since
+        train = self._labelled(train_folder, classes)
         if val_folder is not None:
-            self.train_files = train
-            self.val_files = labelled_images(val_folder, "--data.root", classes)
-            self._check_files("--data.root", self.val_files)
+            self.train_files, self.val_files = train, self._labelled(val_folder, classes)
         else:
             val, kept = stratified_split(train.labels, [self.val_fraction], self.seed)
             self.train_files, self.val_files = train.subset(kept), train.subset(val or kept)
             self._splits = {"train": self.train_files, "val": self.val_files}
-        self.test_files = train.subset([])
-        if test_folder is not None:
-            self.test_files = labelled_images(test_folder, "--data.root", classes)
-            self._check_files("--data.root", self.test_files)
+
+    def _labelled(self, folder: Path, classes: list[str]) -> ImageFiles:
+        files = labelled_images(folder, "--data.root", classes)
+        self._check_files("--data.root", files)
+        return files
 
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream of labelled images cut into epochs."""

@@ -38,8 +38,9 @@ class StreamSampler(DistributedSampler[Any]):
     """One endless stream of permutations of ``range(size)``, served as epochs of ``steps`` full batches.
 
     The position is the run's batch counter and permutation ``k`` is a function of ``(seed, k)``. Rank ``r`` takes slice
-    ``r`` of each global batch, so what a step draws does not depend on the number of ranks. It is a
-    ``DistributedSampler`` only so that Lightning leaves it alone.
+    ``r`` of each global batch, so what a step draws does not depend on the number of ranks. An epoch starts at the
+    counter, wherever that is, and may be left before its end: in mid-epoch after a resume, or where
+    ``limit_train_batches`` is a fraction. It is a ``DistributedSampler`` only so that Lightning leaves it alone.
 
     Args:
         size: images in the domain.
@@ -68,9 +69,8 @@ class StreamSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Draw]:
         first = self.counter()
-        last = first - first % self.steps + self.steps
         current, permutation = -1, []
-        for batch in range(first, last):
+        for batch in range(first, first + self.steps):
             start = (batch * self.world_size + self.rank) * self.batch_size
             for number in range(start, start + self.batch_size):
                 if number // self.size != current:
@@ -91,15 +91,17 @@ class SeededDraws(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         number = getattr(index, "number", index)  # a plain index comes from Trainer(overfit_batches=...)
         # the generator itself: torch.manual_seed costs a hundred times more on a CUDA build without a GPU
-        state = torch.default_generator.get_state()
+        states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
         seed = (self.seed * 2_000_003 + int(number)) % (1 << 63)
         try:
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % (1 << 32))
             return self.dataset[int(index)]
-        finally:
-            torch.default_generator.set_state(state)
+        finally:  # without workers these are the run's own generators
+            torch.default_generator.set_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])
 
 
 class EvaluationShard(DistributedSampler[Any]):

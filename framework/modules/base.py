@@ -24,6 +24,12 @@ from framework.seeding import global_seed
 
 Schedule = Literal["constant", "inverse_decay", "cosine", "step"]
 
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "inverse_decay": inverse_decay,
+    "cosine": cosine_with_warmup,
+    "step": step_decay,
+}
+
 
 class Predictions(TypedDict):
     """What ``predict_step`` returns for a batch.
@@ -68,6 +74,9 @@ class ImageClassifier(L.LightningModule):
 
     monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
     """What chooses the best checkpoint."""
+
+    batch_type: ClassVar[type] = LabelledBatch
+    """What a training batch is; a datamodule of the framework says what it serves by the same name."""
 
     def __init__(
         self,
@@ -134,6 +143,17 @@ class ImageClassifier(L.LightningModule):
         if self.compile_networks and not getattr(self.backbone, "_compiled_call_impl", None):
             self.backbone.compile()
 
+    # ------------------------------------------------------------------ before training
+    def prepare_data(self) -> None:
+        """Refuse data of another kind before anything is built or written."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        given = getattr(data, "batch_type", self.batch_type)
+        if given is not self.batch_type and self.trainer.state.fn in ("fit", "validate"):
+            raise ConfigurationError(
+                f"Expected `--data` to serve a {self.batch_type.__name__}, on which {type(self).__name__} trains, but "
+                f"{type(data).__name__} serves a {given.__name__}."
+            )
+
     # ------------------------------------------------------------------ training
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Cross-entropy of a labelled batch."""
@@ -160,7 +180,8 @@ class ImageClassifier(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each part and the learning rate of each group, every ``log_every_n_steps``."""
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        if (step + 1) % self.trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every == 0 or (step + 1) % every != 0:
             return
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
@@ -196,12 +217,7 @@ class ImageClassifier(L.LightningModule):
             return optimizer
         if self.schedule == "cosine":
             options["total"] = int(self.trainer.estimated_stepping_batches)
-        functions: dict[str, Callable[..., float]] = {
-            "inverse_decay": inverse_decay,
-            "cosine": cosine_with_warmup,
-            "step": step_decay,
-        }
-        function = functions[self.schedule]
+        function = SCHEDULES[self.schedule]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: function(step, **options))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -231,9 +247,17 @@ class ImageClassifier(L.LightningModule):
 
     # ------------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds its weights, so that rebuilding the module from it must not fetch others."""
-        if "weights" in (hyperparameters := checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})):
-            hyperparameters["weights"] = None
+        """Make the checkpoint rebuild its module by itself, wherever the run was started from.
+
+        It names its class, so that ``LightningModule.load_from_checkpoint`` builds the right one (the command line's do
+        so already), and it holds its weights, so that building the backbone must not fetch others.
+        """
+        hyperparameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        hyperparameters["weights"] = None
+        cls = type(self)
+        if cls.__module__ != "__main__":  # that name would mean another module when it is loaded
+            hyperparameters.setdefault("_class_path", f"{cls.__module__}.{cls.__qualname__}")
+            hyperparameters.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
 
 
 def at_least_zero(flag: str, value: float) -> None:
@@ -306,4 +330,12 @@ def _schedule_options(schedule: str, options: dict[str, Any] | None) -> dict[str
             "Expected `--model.schedule_options.milestones` to list optimizer steps for `--model.schedule step`, "
             "but got none."
         )
+    if schedule in SCHEDULES:
+        planned = {"total": 2**62} if schedule == "cosine" else {}  # the real number is known when training starts
+        try:
+            SCHEDULES[schedule](0, **merged, **planned)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"Expected `--model.schedule_options` that {schedule!r} takes, but got {merged}: {error}"
+            ) from error
     return merged

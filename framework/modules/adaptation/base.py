@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from framework.batch import DomainBatch, LabelledBatch
 from framework.errors import ConfigurationError
-from framework.functional import unbiased_mmd
-from framework.metrics import InformationMaximization
+from framework.metrics import DomainDiscrepancy, InformationMaximization
 from framework.modules.base import ImageClassifier, at_least_zero
 from framework.networks import NetworkOutputs, convert_domain_specific, select_domain
 from framework.progress import batches_planned, batches_processed
@@ -62,6 +61,7 @@ class DomainAdaptation(ImageClassifier):
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/target_information_maximization", "max")
+    batch_type: ClassVar[type] = DomainBatch
 
     alignment: AlignmentLoss
 
@@ -86,11 +86,12 @@ class DomainAdaptation(ImageClassifier):
             self.backbone = convert_domain_specific(self.backbone)
             self.bottleneck = convert_domain_specific(self.bottleneck)
         self.val_information = InformationMaximization(num_classes)
-        self._val_features: dict[Domain, list[Tensor]] = {"source": [], "target": []}
+        self.val_mmd = DomainDiscrepancy()
 
-    def setup(self, stage: str) -> None:
-        """Refuse a run without a planned length: progress in [0, 1] needs one."""
-        if stage == "fit" and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
+    def prepare_data(self) -> None:
+        """Refuse a run without a planned length too: progress in [0, 1] needs one."""
+        super().prepare_data()
+        if self.trainer.state.fn == "fit" and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
             raise ConfigurationError(
                 "Expected `--trainer.max_epochs` or `--trainer.max_steps` to bound the run, but both are -1: schedules "
                 "of domain adaptation need to know its length."
@@ -134,6 +135,8 @@ class DomainAdaptation(ImageClassifier):
     def _all(self, tensor: Tensor) -> Tensor:
         gathered = self.all_gather(tensor, sync_grads=True)  # [processes, N, ...]
         assert isinstance(gathered, Tensor)
+        if gathered.requires_grad:  # gloo's backward garbles a gradient whose rows are not contiguous, as the MMD's
+            gathered.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
         return gathered.flatten(0, 1)
 
     def training_step(self, batch: DomainBatch, batch_idx: int) -> Tensor | None:
@@ -155,22 +158,13 @@ class DomainAdaptation(ImageClassifier):
             outputs = self.outputs_in("source", batch.images)
             self.val_accuracy.update(outputs.logits, batch.labels)
             self.log("val/source_accuracy", self.val_accuracy, add_dataloader_idx=False, prog_bar=True)
-            self._keep_features("source", outputs)
+            self.val_mmd.update(outputs.features, "source")
         else:
             outputs = self.outputs_in("target", batch)
             self.val_information.update(outputs.logits)
-            self._keep_features("target", outputs)
-
-    def _keep_features(self, domain: Domain, outputs: NetworkOutputs, most: int = 512) -> None:
-        kept = self._val_features[domain]
-        room = most - sum(len(features) for features in kept)
-        if room > 0:
-            kept.append(outputs.features[:room])
+            self.val_mmd.update(outputs.features, "target")
 
     def on_validation_epoch_end(self) -> None:
         """Label-free scores of the target, and the distance of the domains' features."""
         self.log("val/target_information_maximization", self.val_information, prog_bar=True)
-        features = {domain: torch.cat(kept) for domain, kept in self._val_features.items() if kept}
-        self._val_features = {"source": [], "target": []}
-        if len(features) == 2 and min(len(kept) for kept in features.values()) > 1:
-            self.log("val/mmd", unbiased_mmd(features["source"], features["target"]), sync_dist=True)
+        self.log("val/mmd", self.val_mmd)

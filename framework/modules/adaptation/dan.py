@@ -73,3 +73,21 @@ class DAN(DomainAdaptation):
     ) -> None:
         super().__init__(num_classes, **options)
         self.alignment = MaximumMeanDiscrepancyLoss(estimator, kernel_scales)
+        self.estimator = estimator
+
+    def prepare_data(self) -> None:
+        """Refuse batches that the estimator cannot take."""
+        super().prepare_data()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        source, target = getattr(data, "batch_size", 2), getattr(data, "target_batch_size", None)
+        target = source if target is None else target
+        if self.estimator == "linear_time" and source != target:
+            raise ConfigurationError(
+                "Expected `--data.target_batch_size` to equal `--data.batch_size` for `--model.estimator linear_time`, "
+                f"but got {target} and {source}."
+            )
+        if min(source, target) < 2:
+            raise ConfigurationError(
+                "Expected at least two images of each domain in a batch, between which DAN measures distances, but got "
+                f"`--data.batch_size` {source} and `--data.target_batch_size` {target}."
+            )

@@ -1,0 +1,75 @@
+"""Running means: what a row holds, and when there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import Logger
+
+from framework import ImageFolderDataModule, ResidualClassifier, Trainer
+from framework.running_means import RunningMeans
+
+
+class Rows(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    name, version = "rows", 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **options: Any) -> None:
+        pass
+
+
+def fake(logger: Rows, every: int = 3) -> Any:
+    loop = SimpleNamespace(_batches_that_stepped=0, _should_accumulate=lambda: False)
+    return SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop), log_every_n_steps=every, loggers=[logger])
+
+
+def test_means_since_the_last_row() -> None:
+    logger, means = Rows(), RunningMeans()
+    trainer = fake(logger)
+    for step in range(8):
+        trainer.fit_loop.epoch_loop._batches_that_stepped = step
+        means.add({"train/a": torch.tensor(float(step))})
+        if step % 2:
+            means.add({"train/b": torch.tensor(10.0 * step)})
+        means.write(trainer)
+    assert logger.rows == [(2, {"train/a": 1.0, "train/b": 10.0}), (5, {"train/a": 4.0, "train/b": 40.0})]
+
+
+def test_no_row_without_values() -> None:
+    logger = Rows()
+    RunningMeans().write(fake(logger, every=1))
+    assert logger.rows == []
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_rows_of_a_run(images: Callable[..., Path], tmp_path: Path, every: int) -> None:
+    """Every row's steps are those of Lightning's own rows."""
+    images(tmp_path, ["a", "b"], count=12)
+    data = ImageFolderDataModule(str(tmp_path), batch_size=2, steps_per_epoch=4, image_size=16, num_workers=0)
+    logger = Rows()
+    Trainer(
+        max_epochs=2,
+        logger=logger,
+        log_every_n_steps=every,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+    ).fit(ResidualClassifier(2, backbone="resnet8", schedule="cosine"), data)
+    ours = [step for step, row in logger.rows if "train/learning_rate/head" in row]
+    lightnings = [step for step, row in logger.rows if "train/loss" in row]
+    assert ours == lightnings == list(range(every - 1, 8, every))
+    rates = [row["train/learning_rate/head"] for _, row in logger.rows if "train/learning_rate/head" in row]
+    assert rates[0] > rates[-1] > 0
