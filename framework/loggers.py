@@ -39,6 +39,11 @@ class TensorBoardRun(TensorBoardLogger):
             )
         return self._version
 
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the values, without the epoch that Lightning adds to every row."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
     def _claimed(self) -> int:
         number = self._get_next_version()
         while True:

@@ -50,33 +50,41 @@ def _final(trainer: L.Trainer, prefix: str) -> dict[str, float]:
     }
 
 
+IDLE = ("check_images", "eval_batch_size", "num_workers", "seed")  # options of the data that change no result
+
+
 def hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    """What a run is made of: the model's options by their names, the data's as ``data/…``, length and seed."""
+    """What a run is made of: class and options of the model, options of the data as ``data/…``, length and seed.
+
+    The tab sorts them by name and shows the first few that differ; ``Model`` is spelled so that it comes first.
+    """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     data = {} if datamodule is None else dict(datamodule.hparams)
     values = {
-        "model": type(pl_module).__name__,
         **pl_module.hparams,
-        "data": {name: value for name, value in data.items() if not name.startswith("_")},
+        "data": {name: value for name, value in data.items() if name not in IDLE},
+        "Model": type(pl_module).__name__,
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
-        "seed": global_seed(),
+        "seed": getattr(datamodule, "seed", global_seed()),
     }
-    return _flat({name: value for name, value in values.items() if not name.startswith("_")})
+    return _flat(values)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as ``outer/inner``; numbers and text as they are, nothing of what is None, the rest as text."""
+    """Nested mappings as ``outer/inner``, numbers as they are, the rest as text; without what is None or private."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if value is None or name.startswith("_"):
+            continue
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float | str):
-            flat[f"{prefix}{name}"] = value
         elif isinstance(value, list | tuple):
             flat[f"{prefix}{name}"] = ", ".join(str(item) for item in value)
-        elif value is not None:
-            flat[f"{prefix}{name}"] = str(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):  # torch writes a bool as a number
+            flat[f"{prefix}{name}"] = value
+        else:
+            flat[f"{prefix}{name}"] = str(value).lower() if isinstance(value, bool) else str(value)
     return flat
 
 

@@ -23,6 +23,10 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__("batch")
         self._rows: list[list[Any]] = []
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start anew: an earlier prediction may have ended in an error."""
+        self._rows = []
+
     def write_on_batch_end(
         self,
         trainer: L.Trainer,

@@ -216,7 +216,13 @@ class ImageClassifier(L.LightningModule):
         if self.schedule == "constant":
             return optimizer
         if self.schedule == "cosine":
-            options["total"] = int(self.trainer.estimated_stepping_batches)
+            total = options["total"] = int(self.trainer.estimated_stepping_batches)
+            if options["warmup"] >= total and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise ConfigurationError(
+                    f"Expected `--model.schedule_options.warmup` to be below the run's {total} optimizer steps, but "
+                    f"got {options['warmup']}."
+                )
+            options["warmup"] = min(options["warmup"], total - 1)
         function = SCHEDULES[self.schedule]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: function(step, **options))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

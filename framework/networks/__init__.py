@@ -6,9 +6,6 @@ from framework.networks.discriminator import DomainDiscriminator
 from framework.networks.outputs import NetworkOutputs
 from framework.networks.projection import Bottleneck
 from framework.networks.residual import (
-    BasicBlock,
-    BottleneckBlock,
-    PreActivationBlock,
     ResidualNetwork,
     resnet8,
     resnet18,
@@ -22,6 +19,7 @@ from framework.networks.residual import (
     resnet110,
     resnet152,
 )
+from framework.networks.residual_blocks import BasicBlock, BottleneckBlock, PreActivationBlock
 
 __all__ = [
     "BasicBlock",

@@ -10,15 +10,9 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from framework.errors import ConfigurationError
-from framework.networks import residual
-from framework.networks.residual import (
-    RESIDUAL_NETWORKS,
-    BasicBlock,
-    BottleneckBlock,
-    PreActivationBlock,
-    ResidualNetwork,
-    ZeroPaddedShortcut,
-)
+from framework.networks import residual_blocks
+from framework.networks.residual import RESIDUAL_NETWORKS, ResidualNetwork
+from framework.networks.residual_blocks import BasicBlock, BottleneckBlock, PreActivationBlock, ZeroPaddedShortcut
 
 SMALL = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 # METHODS section 3: torchvision's own counts
@@ -56,7 +50,7 @@ def tiny(block: str = "basic", **options) -> ResidualNetwork:
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if isinstance(module, residual.ResidualBlock)]
+    return [module for module in network.modules() if isinstance(module, residual_blocks.ResidualBlock)]
 
 
 # parameter counts and layers

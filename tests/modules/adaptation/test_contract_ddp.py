@@ -67,4 +67,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     floats = [name for name, value in one.items() if value.is_floating_point() and "running" not in name]
     assert any((one[name] - start[name]).abs().max() > 1e-4 for name in floats)  # it trained
     for name in floats:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            two[name], one[name], rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,45 @@
+"""The loss of DAN: which estimator it uses, on what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from framework.errors import ConfigurationError
+from framework.functional import biased_mmd, linear_time_mmd, unbiased_mmd
+from framework.modules import DAN
+from framework.modules.adaptation.dan import MaximumMeanDiscrepancyLoss
+from framework.networks import NetworkOutputs
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"), [("biased", biased_mmd), ("unbiased", unbiased_mmd), ("linear_time", linear_time_mmd)]
+)
+def test_each_estimator_is_named_for_what_it_is(name: Any, estimator: Any) -> None:
+    source = NetworkOutputs(torch.randn(8, 5), torch.randn(8, 3))
+    target = NetworkOutputs(torch.randn(8, 5) + 1, torch.randn(8, 3))
+    loss = MaximumMeanDiscrepancyLoss(name, (0.5, 1.0))
+    value = loss(source, target, torch.tensor(0.0))
+    assert torch.equal(value, estimator(source.features, target.features, scales=(0.5, 1.0)))
+    assert torch.equal(loss.diagnostics["mmd"], value)
+
+
+def test_minimising_it_brings_the_domains_together() -> None:
+    source = torch.randn(64, 4)
+    target = (torch.randn(64, 4) + 2).requires_grad_()
+    loss = MaximumMeanDiscrepancyLoss()
+    optimizer = torch.optim.Adam([target], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(NetworkOutputs(source, source), NetworkOutputs(target, target), torch.tensor(0.0)).backward()
+        optimizer.step()
+    assert (target.mean(0) - source.mean(0)).abs().max() < 0.3
+
+
+def test_bad_values_name_the_flag() -> None:
+    with pytest.raises(ConfigurationError, match=r"--model\.estimator.*biased"):
+        DAN(3, backbone="resnet8", estimator="quadratic")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"--model\.kernel_scales"):
+        DAN(3, backbone="resnet8", kernel_scales=(1.0, -1.0))
