@@ -61,7 +61,7 @@ def confusion_picture(counts: Tensor, names: Sequence[str]) -> Tensor:
     if classes > 65:
         return pil_to_tensor(matrix)  # type: ignore[no-any-return]
 
-    font, small = ImageFont.load_default(min(14, cell - 3)), ImageFont.load_default(cell // 3 + 1)
+    font, small = ImageFont.load_default(min(14, cell - 3)), ImageFont.load_default(max(10, cell // 3 + 1))
     short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
     margin = 12 + int(max(font.getlength(name) for name in [*short, "predicted"]))
     size = margin + classes * cell
