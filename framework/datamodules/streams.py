@@ -89,19 +89,26 @@ class SeededDraws(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
-        number = getattr(index, "number", index)  # a plain index comes from Trainer(overfit_batches=...)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """A whole batch, so that the run's own generators are set aside once and not for every image."""
         # the generator itself: torch.manual_seed costs a hundred times more on a CUDA build without a GPU
         states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-        seed = (self.seed * 2_000_003 + int(number)) % (1 << 63)
         try:
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % (1 << 32))
-            return self.dataset[int(index)]
+            return [self._drawn(index) for index in indices]
         finally:  # without workers these are the run's own generators
             torch.default_generator.set_state(states[0])
             random.setstate(states[1])
             np.random.set_state(states[2])
+
+    def _drawn(self, index: int) -> Any:
+        number = getattr(index, "number", index)  # a plain index comes from Trainer(overfit_batches=...)
+        seed = (self.seed * 2_000_003 + int(number)) % (1 << 63)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
+        return self.dataset[int(index)]
 
 
 class EvaluationShard(DistributedSampler[Any]):

@@ -1,0 +1,267 @@
+"""Every file of experiments/, on small folders laid out as the file says. A new YAML is tested by existing."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import itertools
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from framework.__main__ import main
+from framework.modules import DomainAdaptation
+from framework.networks.backbones import create_backbone, list_backbones
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXPERIMENTS = REPOSITORY / "experiments"
+METHODS = sorted((EXPERIMENTS / "methods").glob("*.yaml"))
+DATA = sorted((EXPERIMENTS / "data").glob("*.yaml"))
+WHOLE = sorted(EXPERIMENTS.glob("*.yaml"))  # model and data in one file
+FOLDERS = ("source", "target", "target_test", "source_val", "target_val")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def serves(path: Path) -> str:
+    return str(read(path)["data"]["class_path"])
+
+
+PAIRS = [path for path in DATA if serves(path) == "DomainPairDataModule"]
+SINGLE = [path for path in DATA if serves(path) == "ImageFolderDataModule"]
+COMPOSITIONS = [*itertools.product(METHODS, PAIRS), *itertools.product(WHOLE, SINGLE)]
+SMALL = shlex.split(
+    "--data.image_size 16 --data.resize_size 20 --data.batch_size 4 --data.num_workers 0 --model.backbone resnet8 "
+    "--model.weights none --trainer.accelerator cpu --trainer.enable_progress_bar false"
+)
+
+
+def name(path: Path | tuple[Path, ...]) -> str:
+    return path.stem if isinstance(path, Path) else "-".join(p.stem for p in path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, images: Callable[..., Path]) -> Path:
+    """A working directory with the folders that the files name, at the relative paths that they name."""
+    root = tmp_path_factory.mktemp("folders")
+    for path in DATA:
+        options = read(path)["data"]["init_args"]
+        named = [options[key] for key in FOLDERS if key in options]
+        named += [f"{options['root']}/{part}" for part in ("train", "test") if "root" in options]
+        for number, folder in enumerate(dict.fromkeys(named)):
+            images(root / folder, ["bird", "dog"], count=7, seed=number)
+    images(root / "photos", ["bird", "dog"], count=9)
+    return root
+
+
+@pytest.fixture
+def here(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder, as the working directory."""
+    monkeypatch.chdir(folders)
+    return folders
+
+
+def resolved(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The configuration that a command line would run."""
+    capsys.readouterr()
+    assert main([*arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def configs(*paths: Path) -> list[str]:
+    return ["fit", *(word for path in paths for word in ("--config", str(path)))]
+
+
+def assert_holds(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert {key: options.get(key) for key in expected} == expected
+
+
+# ---------------------------------------------------------------------- what the files hold
+def test_every_yaml_is_of_a_kind_that_is_tested() -> None:
+    assert {*METHODS, *PAIRS, *SINGLE, *WHOLE} == set(EXPERIMENTS.rglob("*.yaml"))
+    assert METHODS
+    assert PAIRS
+    assert SINGLE
+    assert WHOLE
+    for path in METHODS:
+        assert list(read(path)) == ["model"], path
+    for path in DATA:
+        content = read(path)
+        assert content.keys() <= {"model", "data", "trainer"}, path
+        assert content.get("model", {}).keys() <= {"init_args"}, f"{path} names a class: it would replace the method's"
+    for path in WHOLE:
+        assert {"model", "data"} <= read(path).keys(), path
+
+
+def test_every_method_has_a_file_and_every_file_a_method() -> None:
+    def subclasses(base: type) -> set[str]:
+        found = {cls.__name__ for cls in base.__subclasses__() if cls.__module__.startswith("framework.")}
+        return found.union(*(subclasses(cls) for cls in base.__subclasses__()))
+
+    assert {read(path)["model"]["class_path"] for path in METHODS} == subclasses(DomainAdaptation)
+
+
+@pytest.mark.parametrize("path", [*METHODS, *DATA, *WHOLE], ids=name)
+def test_every_number_is_one(path: Path) -> None:
+    """``1e-3`` is a text to YAML 1.1, which a script that reads these files would get."""
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                check(item)
+        elif isinstance(value, str):
+            assert not value.replace("e", "").replace("-", "").replace(".", "").isdigit(), value
+
+    check(read(path))
+
+
+@pytest.mark.parametrize("path", [*METHODS, *DATA, *WHOLE], ids=name)
+def test_its_backbone_and_weights_exist(path: Path) -> None:
+    options = read(path).get("model", {}).get("init_args", {})
+    if "backbone" in options:
+        assert options["backbone"] in list_backbones()
+        if options.get("weights"):
+            import torchvision
+
+            assert options["weights"] in torchvision.models.get_model_weights(options["backbone"]).__members__
+        else:
+            create_backbone(options["backbone"], **options.get("backbone_options", {}))
+
+
+def test_the_digits_are_where_the_script_writes_them() -> None:
+    specification = importlib.util.spec_from_file_location("prepare", REPOSITORY / "scripts" / "prepare_digits.py")
+    assert specification is not None
+    assert specification.loader is not None
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    output = script.build_parser().get_default("output")
+    known = {str(output / domain) for domain in script.DOMAINS}
+    known |= {f"{folder}/{part}" for folder in known for part in ("train", "test")}
+    for path in DATA:
+        options = read(path)["data"]["init_args"]
+        used = {value for key, value in options.items() if key in (*FOLDERS, "root")}
+        digits = {folder for folder in used if folder.startswith(str(output))}
+        assert digits <= known, path
+        assert not digits or digits == used
+
+
+# ---------------------------------------------------------------------- what they compose to
+@pytest.mark.parametrize("files", COMPOSITIONS, ids=name)
+def test_constants_of_both_files_arrive(
+    files: tuple[Path, Path], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = map(read, files)
+    configuration = resolved(configs(*files), capsys)
+    model, data = configuration["model"], configuration["data"]
+    assert model["class_path"].rsplit(".", 1)[-1] == first["model"]["class_path"]
+    assert_holds(model["init_args"], first["model"]["init_args"] | second.get("model", {}).get("init_args", {}))
+    assert data["class_path"].rsplit(".", 1)[-1] == second["data"]["class_path"]
+    assert_holds(data["init_args"], first.get("data", {}).get("init_args", {}) | second["data"]["init_args"])
+    assert_holds(configuration["trainer"], first.get("trainer", {}) | second.get("trainer", {}))
+
+
+def test_flags_win_over_both_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        "--model.learning_rate 0.5 --model.optimizer_options.momentum 0.125 --data.batch_size 3 --trainer.max_epochs 2"
+    )
+    for files in itertools.product(METHODS, PAIRS):
+        configuration = resolved([*configs(*files), *flags.split()], capsys)
+        assert configuration["model"]["init_args"]["learning_rate"] == 0.5
+        others = read(files[0])["model"]["init_args"]["optimizer_options"]
+        assert configuration["model"]["init_args"]["optimizer_options"] == others | {"momentum": 0.125}
+        assert configuration["data"]["init_args"]["batch_size"] == 3
+        assert configuration["trainer"]["max_epochs"] == 2
+
+
+# ---------------------------------------------------------------------- that they run
+@pytest.mark.parametrize("files", COMPOSITIONS, ids=name)
+def test_every_composition_runs(files: tuple[Path, Path], here: Path) -> None:
+    before = set(here.rglob("*"))
+    assert main([*configs(*files), *SMALL, "--trainer.fast_dev_run", "true"]) == 0
+    assert set(here.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")  # a frozen backbone: so it should be
+@pytest.mark.parametrize("path", WHOLE, ids=name)
+def test_a_whole_file_runs_on_any_folder(path: Path, here: Path) -> None:
+    policies = ["full", "frozen"] if "policy" in read(path)["model"]["init_args"] else [None]
+    for policy in policies:
+        flags = ["--data.root", "photos", *(["--model.policy", policy] if policy else [])]
+        assert main([*configs(path), *flags, *SMALL, "--trainer.fast_dev_run", "true"]) == 0
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name)
+def test_a_whole_file_asks_for_the_folder(path: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(configs(path)) == 2
+    assert "`--data.root`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=name)
+def test_every_pair_is_tested_on_the_target(path: Path, here: Path) -> None:
+    """A run of one step and its test, so that the path of ``target_test`` counts too."""
+    run = f"lightning_logs/{path.stem}/version_0"
+    flags = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.experiment", path.stem]
+    flags += ["--trainer.log_every_n_steps", "1"]
+    assert main([*configs(METHODS[0], path), *SMALL, *flags]) == 0
+    assert main(["test", "--run", run, "--trainer.enable_progress_bar", "false"]) == 0
+    text = (here / run / "metrics.csv").read_text()
+    assert "test/accuracy" in text
+    assert "test/mean_class_accuracy" in text
+
+
+# ---------------------------------------------------------------------- scripts
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=name)
+def test_every_script_can_be_imported_and_has_a_main(path: Path, here: Path) -> None:
+    assert callable(load(path).main)
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def load(path: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Callable[..., Path]) -> None:
+    monkeypatch.chdir(tmp_path)
+    quickstart = load(EXPERIMENTS / "quickstart.py")
+    default = inspect.signature(quickstart.main).parameters["digits"].default
+    target = next(path for path in PAIRS if path.stem == "mnist_to_optdigits")
+    options = read(target)["data"]["init_args"]
+    for key, count in (("source", 36), ("target", 36), ("target_test", 3)):
+        assert options[key].startswith(f"{default}/")
+        images(tmp_path / options[key], ["0", "1"], count=count, size=28)
+    accuracy = quickstart.main(max_epochs=1, steps_per_epoch=1)
+    assert 0 <= accuracy <= 1
+    assert (tmp_path / "lightning_logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_quickstart_says_what_the_data_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python and the shell give the same run but for its length."""
+    given: dict[str, Any] = {}
+
+    class RecordedError(Exception):
+        pass
+
+    def record(**options: Any) -> None:
+        given.update(options)
+        raise RecordedError
+
+    quickstart = load(EXPERIMENTS / "quickstart.py")
+    monkeypatch.setattr(quickstart, "DomainPairDataModule", record)
+    with pytest.raises(RecordedError):
+        quickstart.main()
+    target = next(path for path in PAIRS if read(path)["data"]["init_args"]["target"] == given["target"])
+    expected = read(target)["data"]["init_args"]
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    assert listed == {key: expected[key] for key in given}

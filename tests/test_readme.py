@@ -1,0 +1,271 @@
+"""What the READMEs show is run or parsed: commands, Python, YAML, paths and tables."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import itertools
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import framework.trainer
+from framework.__main__ import main
+from framework.modules import DomainAdaptation
+from framework.networks.residual import RESIDUAL_NETWORKS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "experiments": (REPOSITORY / "experiments" / "README.md").read_text(encoding="utf-8")}
+SMALL = shlex.split(
+    "--data.image_size 16 --data.batch_size 4 --data.num_workers 0 --model.backbone resnet8 --model.weights none "
+    "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.max_epochs 1 "
+    "--trainer.limit_train_batches 2 --trainer.log_every_n_steps 1"
+)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of every command in the page's shell blocks."""
+    text = "".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table whose head begins so."""
+    lines = page.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))] for row in rows]
+
+
+ALL = [(name, words) for name, page in PAGES.items() for words in commands(page)]
+FRAMEWORK = [words for _, words in ALL if words[0] == "framework" or words[:3] == ["python", "-m", "framework"]]
+PYTHON = blocks(README, "python")
+EXAMPLE = next(block for block in PYTHON if "class DDC" in block)
+
+
+# ---------------------------------------------------------------------- folders
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory, images: Callable[..., Path]) -> Path:
+    """A working directory with the folders and the runs that the pages name."""
+    root = tmp_path_factory.mktemp("readme")
+    classes = ["0", "1"]
+    for number, folder in enumerate(("mnist/train", "optdigits/train", "mnist_m/train")):
+        images(root / "data" / "digits" / folder, classes, count=36, size=16, seed=number)  # batches of 64
+    for folder in ("mnist/test", "optdigits/test", "mnist_m/test"):
+        images(root / "data" / "digits" / folder, classes, count=2, size=16)
+    for folder in ("photos", "sketches", "folder"):
+        images(root / "path" / "to" / folder, classes, count=2)
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        configs = [f"experiments/{part}.yaml" for part in ("methods/dann", "data/mnist_to_mnist_m")]
+        assert main(["fit", *(w for c in configs for w in ("--config", str(REPOSITORY / c))), *SMALL]) == 0
+    finally:
+        os.chdir(before)
+    shutil.copytree(REPOSITORY / "experiments", root / "experiments")
+    run = root / "lightning_logs" / "default" / "version_0"
+    for _, words in ALL:
+        if "--run" in words and not (copy := root / words[words.index("--run") + 1]).exists():
+            shutil.copytree(run, copy)
+    return root
+
+
+@pytest.fixture
+def here(there: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(there)
+    return there
+
+
+# ---------------------------------------------------------------------- commands
+def test_the_pages_have_commands() -> None:
+    assert len(FRAMEWORK) >= 15
+    subcommands = {words[1] if words[0] == "framework" else words[3] for words in FRAMEWORK}
+    assert subcommands == {"fit", "validate", "test", "predict"}
+
+
+@pytest.mark.parametrize("words", FRAMEWORK, ids=lambda words: " ".join(words)[:120])
+def test_every_command_parses(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = words[1:] if words[0] == "framework" else words[3:]
+    if any(word.endswith(("--help", ".help")) for word in arguments):
+        assert main(arguments) == 0
+        assert "usage" in capsys.readouterr().out
+        return
+    assert main([*arguments, "--print_config"]) == 0, capsys.readouterr().err
+    configuration = yaml.safe_load(capsys.readouterr().out)
+    assert configuration["model"]["class_path"]
+    assert configuration["data"]["class_path"]
+    for flag, value in itertools.pairwise(arguments):
+        if flag.startswith("--trainer."):
+            assert str(configuration["trainer"][flag.removeprefix("--trainer.")]) == value
+
+
+@pytest.mark.parametrize(("page", "words"), ALL, ids=lambda value: " ".join(value)[:80])
+def test_every_other_command_exists(page: str, words: list[str]) -> None:
+    if words in FRAMEWORK:
+        return
+    if words[:2] == ["pip", "install"]:
+        project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+        extras = re.findall(r"^(\w+) = ", project.split("[project.optional-dependencies]")[1].split("\n[")[0], re.M)
+        assert words[2] == "-e"
+        assert set(re.findall(r"\[(\w+)\]", words[3])) <= set(extras)
+    elif words[0] in ("bash", "python"):
+        script = REPOSITORY / words[1]
+        assert script.is_file()
+        source = script.read_text(encoding="utf-8")
+        for flag in (word for word in words[2:] if word.startswith("--")):
+            assert f'"{flag}"' in source or f"{flag} " in source
+    else:
+        assert words[:2] == ["tensorboard", "--logdir"]
+    if words[-1] == "--all":
+        assert "--all" in (REPOSITORY / "scripts" / "test.sh").read_text(encoding="utf-8")
+
+
+def test_what_a_run_leaves_behind(here: Path) -> None:
+    run = here / "lightning_logs" / "default" / "version_0"
+    quiet = ["--run", str(run), "--trainer.enable_progress_bar", "false"]
+    for command in ("test", "validate", "predict"):
+        assert main([command, *quiet]) == 0
+    named = [row[0].strip("`") for row in table(README, "file")]
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= set(named)
+    assert [name for name in named if not (run / name).is_file()] == []
+
+    logged = {line.split(",")[1] for line in (run / "metrics.csv").read_text().splitlines()[1:]}
+    described = re.findall(r"`([a-z0-9_/<>]+)`", "".join(row[0] for row in table(README, "scalar")))
+    patterns = [re.sub("<[a-z]+>", "[a-z]+", name) for name in described]
+    assert [name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
+    missing = {pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in logged)}
+    assert missing == {"train/mmd", "val/accuracy", "val/loss"}  # of other methods and of classifiers
+
+
+# ---------------------------------------------------------------------- Python
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers that stop after a batch, whatever they are asked for."""
+    original = framework.trainer.Trainer.__init__
+
+    def initialise(self: Any, **options: Any) -> None:
+        short = {"max_epochs": 1, "limit_train_batches": 1, "accelerator": "cpu", "enable_progress_bar": False}
+        original(self, **{**options, **short})
+
+    monkeypatch.setattr(framework.trainer.Trainer, "__init__", initialise)
+
+
+def test_every_python_block_runs(here: Path, brief: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(PYTHON) >= 4
+    for block in PYTHON:
+        if block is not EXAMPLE:  # has a test of its own
+            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_quickstart() -> None:
+    def calls(source: str) -> dict[str, dict[str, str]]:
+        """The options of data and model as they are written; folders and length are arguments of the script."""
+        found = {}
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("DANN", name):
+                options = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
+                found[node.func.id] = {k: v for k, v in options.items() if k not in varying}
+        return found
+
+    name, varying = "DomainPairDataModule", {"source", "target", "target_test", "steps_per_epoch"}
+    script = (REPOSITORY / "experiments" / "quickstart.py").read_text(encoding="utf-8")
+    assert calls(PYTHON[0]) == calls(script)
+    assert calls(script).keys() == {"DANN", name}
+
+
+@pytest.fixture
+def example(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The example of a method as an importable module; gone again afterwards, so that other tests do not find it."""
+    (here / "readme_example.py").write_text(EXAMPLE)
+    monkeypatch.syspath_prepend(str(here))
+    yield "readme_example"
+    sys.modules.pop("readme_example", None)
+    gc.collect()
+
+
+def test_the_example_of_a_method_is_a_method(example: str, here: Path) -> None:
+    written = yaml.safe_load(next(block for block in blocks(README, "yaml") if "class_path: DDC" in block))
+    written["model"]["class_path"] = f"{example}.DDC"
+    (here / "ddc.yaml").write_text(yaml.safe_dump(written))
+    data = here / "experiments" / "data" / "mnist_to_optdigits.yaml"
+    arguments = ["fit", "--config", "ddc.yaml", "--config", str(data), *SMALL, "--trainer.experiment", "ddc"]
+    assert main(arguments) == 0
+    run = here / "lightning_logs" / "ddc" / "version_0"
+    assert "train/mean_distance" in (run / "metrics.csv").read_text()
+    configuration = yaml.safe_load((run / "config.yaml").read_text())
+    assert configuration["model"]["init_args"]["trade_off"] == written["model"]["init_args"]["trade_off"]
+    assert main(["test", "--run", str(run), "--trainer.enable_progress_bar", "false"]) == 0
+
+
+# ---------------------------------------------------------------------- paths and tables
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_exists(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.S | re.M)
+    home = REPOSITORY if page == "README.md" else REPOSITORY / page
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (home / link).exists()] == []
+    quoted = {word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
+    named = {word for word in quoted if re.match(r"(experiments|framework|scripts|tests|\.ci)/", word)}
+    if page == "experiments":
+        named |= {f"{page}/{word}" for word in quoted if re.fullmatch(r"((data|methods)/)?\w+\.(yaml|py)", word)}
+    assert len(named) > 4
+    assert [word for word in named if "<" not in word and not (REPOSITORY / word).exists()] == []
+
+
+def subclasses(base: type) -> set[str]:
+    found = {cls.__name__ for cls in base.__subclasses__() if cls.__module__.startswith("framework.")}
+    return found.union(*(subclasses(cls) for cls in base.__subclasses__()))
+
+
+def test_the_table_of_methods_is_whole() -> None:
+    rows = {row[0].strip("`"): row[-1] for row in table(README, "method")}
+    assert rows.keys() == subclasses(DomainAdaptation)
+    files = {name: re.search(r"\]\((.+)\)", cell)[1] for name, cell in rows.items()}  # type: ignore[index]
+    existing = sorted((REPOSITORY / "experiments" / "methods").glob("*.yaml"))
+    assert sorted(files.values()) == [path.relative_to(REPOSITORY).as_posix() for path in existing]
+    for name, path in files.items():
+        assert yaml.safe_load((REPOSITORY / path).read_text())["model"]["class_path"] == name
+
+
+def test_the_table_of_residual_networks_is_right() -> None:
+    rows = {row[0].strip("`"): row[1:] for row in table(README, "network")}
+    assert rows.keys() == RESIDUAL_NETWORKS.keys()
+    for name, (size, classes, parameters) in rows.items():
+        network = RESIDUAL_NETWORKS[name](int(classes))
+        assert f"{sum(p.numel() for p in network.parameters()):,}" == parameters, name
+        assert (size == "32 px") == (network.num_features == 64), name
+
+
+def test_every_data_file_is_in_the_table_of_experiments() -> None:
+    text = PAGES["experiments"]
+    for path in (REPOSITORY / "experiments" / "data").glob("*.yaml"):
+        assert f"`data/{path.name}`" in text, path.name
+        options = yaml.safe_load(path.read_text())["data"]["init_args"]
+        for folder in (options[key] for key in ("source", "target", "target_test", "root") if key in options):
+            assert "/".join(folder.split("/")[:2]) in text
+
+
+@pytest.mark.parametrize("quoted", [row[0] for row in table(README, "message")])
+def test_every_message_is_in_the_code(quoted: str) -> None:
+    """The fixed parts of each message stand in the sources of the datamodules, in this order."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "framework").rglob("*.py"))
+    source = re.sub(r'"\s*\n?\s*f?"', "", source)
+    message = quoted.strip("`").strip()
+    parts = [part.strip() for part in re.split(r"`--data\.\w+`|'[^']*'|\d+", message) if part.strip(" .")]
+    assert parts
+    for part in parts:
+        assert part.strip(" .") in source, part
