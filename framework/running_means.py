@@ -25,9 +25,10 @@ class RunningMeans:
 
     def write(self, trainer: L.Trainer) -> None:
         """Write a row if one is due at this batch, and start the next means."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the loggers' own x-axis
+        loop = trainer.fit_loop.epoch_loop
+        step = loop._batches_that_stepped  # the loggers' own x-axis; it stands still while gradients accumulate
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or (step + 1) % every != 0:
+        if every == 0 or (step + 1) % every != 0 or loop._should_accumulate():
             return
         row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}

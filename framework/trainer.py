@@ -57,7 +57,8 @@ class Trainer(L.Trainer):
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         dry = bool(options.get("fast_dev_run")) or bool(options.get("barebones"))
         if logger is None or logger is True:
-            logger = _loggers(experiment, run) if not dry else None
+            root = Path(options.get("default_root_dir") or ".") / "lightning_logs"
+            logger = _loggers(root, experiment, run) if not dry else None
         added: list[Callback] = [] if dry else [SampleImages(), FinalMetrics(), ConfusionMatrix(), PredictionWriter()]
         if enable_checkpointing is not False and not dry:
             added += [BestCheckpoint(), LastCheckpoint()]
@@ -88,9 +89,9 @@ class Trainer(L.Trainer):
         )
 
 
-def _loggers(experiment: str, run: str | None) -> list[Logger]:
+def _loggers(root: Path, experiment: str, run: str | None) -> list[Logger]:
     if run is None:
-        board = TensorBoardRun("lightning_logs", experiment)
+        board = TensorBoardRun(root, experiment)
     else:
         folder = Path(run)
         if not folder.is_dir():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 
-from framework import ImageFolderDataModule, ResidualClassifier, Trainer
+from framework import DANN, DomainPairDataModule, ImageFolderDataModule, ResidualClassifier, Trainer
 from framework.running_means import RunningMeans
 
 
@@ -46,6 +46,23 @@ def test_means_since_the_last_row() -> None:
             means.add({"train/b": torch.tensor(10.0 * step)})
         means.write(trainer)
     assert logger.rows == [(2, {"train/a": 1.0, "train/b": 10.0}), (5, {"train/a": 4.0, "train/b": 40.0})]
+
+
+def test_one_row_a_step_where_gradients_accumulate(domains: Path) -> None:
+    data = DomainPairDataModule(
+        str(domains / "source"), str(domains / "target"), batch_size=4, steps_per_epoch=6, image_size=16, num_workers=0
+    )
+    logger = Rows()
+    Trainer(
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=1,
+        accumulate_grad_batches=3,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+    ).fit(DANN(3, backbone="resnet8"), data)
+    assert [step for step, row in logger.rows if "train/alignment_loss" in row] == [0, 1]
 
 
 def test_no_row_without_values() -> None:

@@ -109,7 +109,9 @@ def test_folders_of_the_target_change_nothing(
             assert torch.equal(ours.source.labels, theirs.source.labels)
             assert torch.equal(ours.target, theirs.target)
         for (_, ours), (_, theirs) in zip(reference["val"], seen["val"], strict=True):
-            assert torch.equal(ours.images if isinstance(ours, LabelledBatch) else ours, getattr(theirs, "images", theirs))
+            assert torch.equal(
+                ours.images if isinstance(ours, LabelledBatch) else ours, getattr(theirs, "images", theirs)
+            )
 
 
 def test_training_draws_evaluation_does_not(domains: Path, recorder: Any, trainer: Any) -> None:
@@ -176,6 +178,9 @@ def test_test_and_predict(domains: Path, recorder: Any, trainer: Any) -> None:
     run = trainer()
     run.test(recorder, data, verbose=False)
     assert torch.bincount(torch.cat([b.labels for b in recorder.seen["test"]])).tolist() == [5, 5, 5]
+    original = files(domains / "target_test")
+    tested = [pixels for batch in recorder.seen["test"] for pixels in bytes_of(batch.images, data)]
+    assert {original[pixels] for pixels in tested} == set(original.values())  # as they are, each of them
     run.predict(recorder, data)
     paths = [path for batch in recorder.seen["predict"] for path in batch.paths]
     assert sorted(paths) == sorted(map(str, (domains / "target").iterdir()))
@@ -247,7 +252,7 @@ def test_a_resumed_run_sees_the_rest(domains: Path, make_recorder: Any, trainer:
 
 # ---------------------------------------------------------------------- mistakes
 def test_the_test_needs_labels(domains: Path, recorder: Any, trainer: Any) -> None:
-    with pytest.raises(ConfigurationError, match="Expected `--data.target_test` to be a labelled folder"):
+    with pytest.raises(ConfigurationError, match=r"Expected `--data.target_test` to be a labelled folder"):
         trainer().test(recorder, build(domains, target_test=None), verbose=False)
 
 
@@ -255,9 +260,9 @@ def test_other_classes_in_the_test_come_to_light_before_training(
     domains: Path, recorder: Any, trainer: Any, tmp_path: Path, images: Writer
 ) -> None:
     images(tmp_path, ["ant", "bee", "dog"])
-    with pytest.raises(ConfigurationError, match="`--data.target_test` to hold the 3 classes .*'cat'.*'dog'"):
+    with pytest.raises(ConfigurationError, match=r"`--data.target_test` to hold the 3 classes .*'cat'.*'dog'"):
         trainer().fit(recorder, build(domains, target_test=str(tmp_path)))
-    with pytest.raises(ConfigurationError, match="`--data.source_val` to hold the 3 classes"):
+    with pytest.raises(ConfigurationError, match=r"`--data.source_val` to hold the 3 classes"):
         trainer().fit(recorder, build(domains, source_val=str(tmp_path)))
 
 
@@ -281,5 +286,5 @@ def test_mistakes_name_the_flag(
 
 
 def test_a_batch_of_nothing(domains: Path) -> None:
-    with pytest.raises(ConfigurationError, match="`--data.target_batch_size` to be at least 1"):
+    with pytest.raises(ConfigurationError, match=r"`--data.target_batch_size` to be at least 1"):
         build(domains, target_batch_size=0)

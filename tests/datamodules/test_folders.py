@@ -72,6 +72,8 @@ def test_links_to_folders_are_followed(tmp_path: Path, images: Writer) -> None:
     images(tmp_path / "root", ["a"], count=2)
     (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
     assert labelled_images(tmp_path / "root", "--data.source").labels == [0, 0, 1, 1, 1]
+    (tmp_path / "root" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    assert labelled_images(tmp_path / "root", "--data.source").labels == [0, 0, 0, 0, 0, 1, 1, 1]
 
 
 def test_home_is_understood(tmp_path: Path, images: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ def test_images_have_the_precision_of_the_model(
     assert set(recorder.arrived) == {torch.uint8}
 
 
-def epochs(trainer: L.Trainer, recorder: Any) -> list[int]:
-    """Batches of each epoch."""
+def epochs(trainer: L.Trainer, recorder: Any, data: ImageFolderDataModule, **options: Any) -> list[int]:
+    """Fit, and count the batches of each epoch."""
     lengths: list[int] = []
 
     class Count(L.Callback):
@@ -65,35 +65,30 @@ def epochs(trainer: L.Trainer, recorder: Any) -> list[int]:
             lengths[-1] += len(recorder.seen["train"])
 
     trainer.callbacks.append(Count())  # type: ignore[attr-defined]
-    trainer.fit(recorder, build_for[trainer])
+    trainer.fit(recorder, data, **options)
     return lengths
 
 
-build_for: dict[L.Trainer, ImageFolderDataModule] = {}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("options", "limit", "expected"),
+    ("workers", "steps", "limit", "expected"),
     [
-        ({}, None, 6),  # 39 source images, of which 12 for test and validation: 27 // 4
-        ({"steps_per_epoch": 10}, None, 10),
-        ({"steps_per_epoch": 10}, 3, 3),
-        ({"steps_per_epoch": 10}, 30, 10),
-        ({"steps_per_epoch": 10}, 0.5, 5),
-        ({"steps_per_epoch": 10}, 0.35, 3),
-        ({"steps_per_epoch": 10}, 1.0, 10),
+        (0, None, None, 6),  # 39 source images, of which 12 for test and validation: 27 // 4
+        (0, 10, None, 10),
+        (0, 10, 30, 10),
+        (0, 10, 1.0, 10),
+        (0, 10, 3, 3),
+        (2, 10, 3, 3),
+        (0, 10, 0.5, 5),
+        (0, 10, 0.35, 3),
+        (2, 10, 0.35, 3),
     ],
 )
 def test_length_of_an_epoch(
-    domains: Path, recorder: Any, trainer: Any, workers: int, options: dict[str, Any], limit: Any, expected: int
+    domains: Path, recorder: Any, trainer: Any, workers: int, steps: int | None, limit: Any, expected: int
 ) -> None:
-    if workers and limit in (None, 30, 1.0):
-        pytest.skip("tells nothing new")
     run = trainer(limit_train_batches=limit, max_epochs=4, limit_val_batches=0)
-    data = build(domains, num_workers=workers, crop="none", horizontal_flip=False, **options)
-    build_for[run] = data
-    assert epochs(run, recorder) == [expected] * 4
+    data = build(domains, num_workers=workers, crop="none", horizontal_flip=False, steps_per_epoch=steps)
+    assert epochs(run, recorder, data) == [expected] * 4
     assert run.num_training_batches == expected
     # the stream goes on where the epoch before has stopped
     images = torch.cat([batch.images for batch in recorder.seen["train"]])
@@ -132,11 +127,9 @@ def test_an_epoch_of_another_length_can_follow(domains: Path, make_recorder: Any
     run = trainer(max_epochs=1, limit_val_batches=0)
     run.fit(make_recorder(), build(domains, steps_per_epoch=5))
     run.save_checkpoint(tmp_path / "run.ckpt")
-    recorder = make_recorder()
     run = trainer(max_epochs=3, limit_val_batches=0)
-    build_for[run] = build(domains, steps_per_epoch=7)
-    run.fit(recorder, build_for[run], ckpt_path=tmp_path / "run.ckpt")
-    assert len(recorder.seen["train"]) == 14
+    data = build(domains, steps_per_epoch=7)
+    assert epochs(run, make_recorder(), data, ckpt_path=tmp_path / "run.ckpt") == [7, 7]
 
 
 def test_random_numbers_do_not_depend_on_the_workers(domains: Path, make_recorder: Any, trainer: Any) -> None:

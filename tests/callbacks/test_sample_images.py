@@ -1,0 +1,98 @@
+"""Sample images in TensorBoard: once, and as they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from framework import DANN, DomainPairDataModule, ImageFolderDataModule, ResidualClassifier, Trainer
+from framework.batch import LabelledBatch
+from framework.callbacks import SampleImages
+
+
+class FirstBatch(L.Callback):
+    batch: Any = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.batch is None:
+            self.batch = batch
+
+
+def pictures(folder: str | None) -> dict[str, list[np.ndarray[Any, Any]]]:
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return {
+        tag: [np.array(Image.open(io.BytesIO(e.encoded_image_string))) for e in events.Images(tag)]
+        for tag in events.Tags()["images"]
+        if tag.startswith("train/")
+    }
+
+
+def cells(grid: np.ndarray[Any, Any], count: int, size: int = 16) -> list[bytes]:
+    """The images of a grid of eight a row, with two pixels around each."""
+    step = size + 2
+    origins = [(2 + (i // 8) * step, 2 + (i % 8) * step) for i in range(count)]
+    return [grid[y : y + size, x : x + size].tobytes() for y, x in origins]
+
+
+def expected(images: Tensor, data: Any) -> list[bytes]:
+    pixels = data.denormalize(images).mul(255).round().to(torch.uint8)
+    return [image.permute(1, 2, 0).numpy().tobytes() for image in pixels]
+
+
+def test_both_domains_once(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = DomainPairDataModule(
+        str(domains / "source"), str(domains / "target"), batch_size=10, steps_per_epoch=2, image_size=16, num_workers=0
+    )
+    first = FirstBatch()
+    options: dict[str, Any] = {"enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=2, callbacks=first, **options)
+    trainer.fit(DANN(3, backbone="resnet8"), data)
+    shown = pictures(trainer.log_dir)
+    assert {tag: len(grids) for tag, grids in shown.items()} == {"train/source": 1, "train/target": 1}
+    # TensorBoard's pixels are floats cut off, not rounded
+    for tag, images in (("train/source", first.batch.source.images), ("train/target", first.batch.target)):
+        drawn = np.frombuffer(b"".join(cells(shown[tag][0], 10)), dtype=np.uint8).astype(int)
+        wanted = np.frombuffer(b"".join(expected(images, data)), dtype=np.uint8).astype(int)
+        assert np.abs(drawn - wanted).max() <= 1
+    # a resumed run does not show them again
+    checkpoint = str(Path(str(trainer.log_dir)) / "checkpoints" / "last.ckpt")
+    again = Trainer(max_epochs=3, run=trainer.log_dir, **options)
+    again.fit(DANN(3, backbone="resnet8"), data, ckpt_path=checkpoint)
+    assert {tag: len(grids) for tag, grids in pictures(again.log_dir).items()} == {"train/source": 1, "train/target": 1}
+
+
+def test_as_many_as_asked_for(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ImageFolderDataModule(str(domains / "source"), batch_size=12, image_size=16, num_workers=0)
+    trainer = Trainer(max_epochs=1, callbacks=SampleImages(most=3), enable_progress_bar=False, accelerator="cpu")
+    trainer.fit(ResidualClassifier(3, backbone="resnet8"), data)
+    shown = pictures(trainer.log_dir)
+    assert [grid.shape for grid in shown["train/images"]] == [(20, 3 * 18 + 2, 3)]
+
+
+class Floats(Dataset[LabelledBatch]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        return LabelledBatch(torch.randn(3, 16, 16) * 5, torch.tensor(index % 2))
+
+
+def test_loaders_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(max_epochs=1, enable_progress_bar=False, accelerator="cpu")
+    trainer.fit(ResidualClassifier(2, backbone="resnet8"), DataLoader(Floats(), batch_size=4))
+    (grid,) = pictures(trainer.log_dir)["train/images"]
+    assert {(cell.min(), cell.max()) for cell in (np.frombuffer(c, np.uint8) for c in cells(grid, 4))} == {(0, 255)}
