@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+import contract
 import lightning.pytorch as L
 import pytest
 import torch
@@ -14,12 +13,6 @@ import torch
 from framework.modules import AlignmentLoss, DomainAdaptation
 from framework.networks import NetworkOutputs
 from framework.trainer import Trainer
-
-_spec = importlib.util.spec_from_file_location("contract", Path(__file__).parent / "contract.py")
-assert _spec is not None
-assert _spec.loader is not None
-contract = sys.modules.setdefault("contract", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(contract)
 
 METHODS: list[type[DomainAdaptation]] = contract.methods()
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,24 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import contract
+import ddp_job
 import lightning
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _load("contract")
-ddp_job = _load("ddp_job")
 METHODS = [method.__name__ for method in contract.methods()]
 
 
@@ -36,7 +23,7 @@ def job(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """One job for all methods: starting two processes takes longer than training in them."""
     output = tmp_path_factory.mktemp("ddp") / "result.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(HERE / "ddp_job.py"), str(domains), str(output)]
+    command = [sys.executable, ddp_job.__file__, str(domains), str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return output, json.loads(output.read_text())

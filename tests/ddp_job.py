@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from contract import equal, fit, methods, weights
 
 # no batch norm in the backbone: its statistics are each process's own, as under any DDP
