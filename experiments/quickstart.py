@@ -20,7 +20,7 @@ def main(digits: str = "data/digits", max_epochs: int = 5, steps_per_epoch: int 
         batch_size=64,
         steps_per_epoch=steps_per_epoch,
         image_size=28,
-        crop="none",
+        crop="pad",
         horizontal_flip=False,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
