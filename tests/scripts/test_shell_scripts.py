@@ -40,7 +40,7 @@ if os.environ.get("FAKE_PIP_FAILS"):
 repository = re.sub(r"\\[[a-z,]*\\]$", "", sys.argv[-1])
 text = pathlib.Path(repository, "pyproject.toml").read_text()
 names = ["torch", "torchvision", "lightning", "torchmetrics", "tensorboard", "mlxtend", "scikit-learn", "pytest"]
-versions = {**{name: "99.0" for name in names}, "jsonargparse": "4.40", "transfer-framework": "0.1.0"}
+versions = {**{name: "99.0" for name in names}, "jsonargparse": "4.99", "transfer-framework": "0.1.0"}
 versions["transfer-framework"] = re.search('^version = "(.*)"', text, re.M).group(1)
 for name, version in versions.items():
     record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
