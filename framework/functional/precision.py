@@ -13,6 +13,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+# asked once, here: torch 2.11 cannot compile the question ("meta" has no autocast)
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(device)
+)
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -79,7 +83,7 @@ class _Product(torch.autograd.Function):
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _cast_up(value: Any) -> Any:
