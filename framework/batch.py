@@ -13,10 +13,12 @@ class LabelledBatch(NamedTuple):
     Attributes:
         images: shape ``[N, 3, H, W]``; uint8 on the way, normalised floats once on the device.
         labels: class indices, shape ``[N]``.
+        domains: which of several source folders each image is from, shape ``[N]``; None where that is not said.
     """
 
     images: Tensor
     labels: Tensor
+    domains: Tensor | None = None
 
 
 class DomainBatch(NamedTuple):

@@ -23,15 +23,16 @@ class RunningMeans:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def write(self, trainer: L.Trainer) -> None:
-        """Write a row if one is due at this batch, and start the next means."""
+    def write(self, trainer: L.Trainer) -> dict[str, float]:
+        """Write a row if one is due at this batch, and start the next means; returns the row, else nothing."""
         loop = trainer.fit_loop.epoch_loop
         step = loop._batches_that_stepped  # the loggers' own x-axis; it stands still while gradients accumulate
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or (step + 1) % every != 0 or loop._should_accumulate():
-            return
+            return {}
         row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         if row:
             for logger in trainer.loggers:
                 logger.log_metrics(row, step)
+        return row

@@ -36,7 +36,11 @@ def serves(path: Path) -> str:
 
 PAIRS = [path for path in DATA if serves(path) == "DomainPairDataModule"]
 SINGLE = [path for path in DATA if serves(path) == "ImageFolderDataModule"]
-COMPOSITIONS = [*itertools.product(METHODS, PAIRS), *itertools.product(WHOLE, SINGLE)]
+COMPOSITIONS = [
+    # each method with one pair in turn, and each pair with one method: the two kinds of file know nothing of each other
+    *dict.fromkeys([*zip(METHODS, itertools.cycle(PAIRS)), *zip(itertools.cycle(METHODS), PAIRS)]),
+    *itertools.product(WHOLE, SINGLE),
+]
 SMALL = shlex.split(
     "--data.image_size 16 --data.resize_size 20 --data.batch_size 4 --data.num_workers 0 --model.backbone resnet8 "
     "--model.weights none --trainer.accelerator cpu --trainer.enable_progress_bar false"
@@ -105,6 +109,7 @@ def test_every_method_has_a_file_and_every_file_a_method() -> None:
         found = {cls.__name__ for cls in base.__subclasses__() if cls.__module__.startswith("framework.")}
         return found.union(*(subclasses(cls) for cls in base.__subclasses__()))
 
+    # some have several files: the same loss with and without an option that has a name of its own
     assert {read(path)["model"]["class_path"] for path in METHODS} == subclasses(DomainAdaptation)
 
 
@@ -171,7 +176,7 @@ def test_flags_win_over_both_files(here: Path, capsys: pytest.CaptureFixture[str
     flags = (
         "--model.learning_rate 0.5 --model.optimizer_options.momentum 0.125 --data.batch_size 3 --trainer.max_epochs 2"
     )
-    for files in itertools.product(METHODS, PAIRS):
+    for files in zip(METHODS, itertools.cycle(PAIRS)):
         configuration = resolved([*configs(*files), *flags.split()], capsys)
         assert configuration["model"]["init_args"]["learning_rate"] == 0.5
         others = read(files[0])["model"]["init_args"]["optimizer_options"]

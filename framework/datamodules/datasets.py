@@ -35,7 +35,7 @@ class LabelledImages(Dataset[LabelledBatch]):
 
     def __getitem__(self, index: int) -> LabelledBatch:
         image = _transformed(self.files.paths[index], self.transform)
-        return LabelledBatch(image, self.files.labels[index])  # type: ignore[arg-type]  # collated to a tensor
+        return LabelledBatch(image, self.files.labels[index], 0)  # type: ignore[arg-type]  # collated to tensors
 
 
 class ImagesWithPaths(Dataset[PredictionBatch]):

@@ -191,8 +191,13 @@ class ImageClassifier(L.LightningModule):
             self._means.add({f"train/learning_rate/{group['name']}": torch.tensor(group["lr"])})
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Hand the running means to the loggers where a row is due."""
-        self._means.write(self.trainer)
+        """Hand the running means to the loggers where a row is due, and look at them."""
+        row = self._means.write(self.trainer)
+        if row:
+            self.on_running_means(row)
+
+    def on_running_means(self, means: dict[str, float]) -> None:
+        """Called with every row of running means, ``train/…``: a method looks here whether it works."""
 
     # ------------------------------------------------------------------ optimisation
     def learning_rate_factor(self, part: str) -> float:

@@ -13,10 +13,14 @@ class NetworkOutputs(NamedTuple):
     Attributes:
         features: the bottleneck's output, shape ``[N, D]``.
         logits: the head's output, shape ``[N, K]``; never probabilities.
+        labels: class indices ``[N]`` of source images in training; None for the target, which has none.
+        domains: which source folder each image is from, ``[N]``; None for the target.
     """
 
     features: Tensor
     logits: Tensor
+    labels: Tensor | None = None
+    domains: Tensor | None = None
 
     def split(self, first: int) -> tuple[NetworkOutputs, NetworkOutputs]:
         """The first ``first`` samples and the rest: source and target of one concatenated forward."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from framework.batch import DomainBatch, LabelledBatch
@@ -15,16 +18,21 @@ from framework.networks import NetworkOutputs, convert_domain_specific, select_d
 from framework.progress import batches_planned, batches_processed
 
 Domain = Literal["source", "target"]
+BatchNormPolicy = Literal["joint", "separate", "domain_specific"]
 
 
 class AlignmentLoss(nn.Module):
     """A loss between two domains: ``forward(source, target, progress) -> scalar``.
 
-    Subclasses are plain modules of tensors, usable in any training loop.
+    Subclasses are plain modules of tensors, usable in any training loop. Their constructors may ask for
+    ``num_features`` (``D``) and ``num_classes`` (``K``); everything else has a default.
 
     Attributes:
+        term: the name under which :class:`~framework.modules.adaptation.AlignmentSum` offers the loss, if it does.
         diagnostics: what the last forward measured, detached 0-d tensors by name; the base logs them as ``train/…``.
     """
+
+    term: ClassVar[str] = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +42,18 @@ class AlignmentLoss(nn.Module):
         """The loss.
 
         Args:
-            source: features ``[N, D]`` and logits ``[N, K]`` of source images.
+            source: features ``[N, D]``, logits ``[N, K]`` and labels ``[N]`` of source images.
             target: features ``[M, D]`` and logits ``[M, K]`` of target images.
             progress: how far the training is, a 0-d tensor in [0, 1].
         """
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
+        """What is wrong by the diagnostics' means over the last logged steps: a key, and a sentence for the user.
+
+        The sentence says which option to turn; each key is shown once in a run.
+        """
+        yield from ()
 
 
 class DomainAdaptation(ImageClassifier):
@@ -62,6 +77,8 @@ class DomainAdaptation(ImageClassifier):
 
     monitor: ClassVar[tuple[str, str]] = ("val/target_information_maximization", "max")
     batch_type: ClassVar[type] = DomainBatch
+    refused_batch_norm: ClassVar[tuple[str, ...]] = ()
+    """Policies that the method has no use for."""
 
     alignment: AlignmentLoss
 
@@ -70,21 +87,25 @@ class DomainAdaptation(ImageClassifier):
         num_classes: int,
         *,
         trade_off: float = 1.0,
-        batch_norm: Literal["joint", "separate", "domain_specific"] = "joint",
+        batch_norm: BatchNormPolicy = "joint",
         global_alignment: bool = True,
         bottleneck_features: int = 256,
         **options: Any,
     ) -> None:
         super().__init__(num_classes, bottleneck_features=bottleneck_features, **options)
         at_least_zero("--model.trade_off", trade_off)
-        if batch_norm not in ("joint", "separate", "domain_specific"):
+        policies = [policy for policy in get_args(BatchNormPolicy) if policy not in self.refused_batch_norm]
+        if batch_norm not in policies:
             raise ConfigurationError(
-                f"Expected `--model.batch_norm` to be 'joint', 'separate' or 'domain_specific', but got {batch_norm!r}."
+                f"Expected `--model.batch_norm` of {type(self).__name__} to be one of {', '.join(policies)}, but got "
+                f"{batch_norm!r}."
             )
         self.trade_off, self.batch_norm, self.global_alignment = trade_off, batch_norm, global_alignment
         if batch_norm == "domain_specific":
             self.backbone = convert_domain_specific(self.backbone)
             self.bottleneck = convert_domain_specific(self.bottleneck)
+        self._complained: set[str] = set()
+        self._target_batch = num_classes
         self.val_information = InformationMaximization(num_classes)
         self.val_mmd = DomainDiscrepancy()
 
@@ -130,10 +151,10 @@ class DomainAdaptation(ImageClassifier):
         """The outputs of all processes, with gradients; DDP's mean then equals the single process's gradient."""
         if not self.global_alignment or self.trainer.world_size == 1:
             return outputs
-        return NetworkOutputs(*(self._all(tensor) for tensor in outputs))
+        return NetworkOutputs(*(None if tensor is None else self._all(tensor) for tensor in outputs))  # type: ignore[arg-type]
 
     def _all(self, tensor: Tensor) -> Tensor:
-        gathered = self.all_gather(tensor, sync_grads=True)  # [processes, N, ...]
+        gathered = self.all_gather(tensor, sync_grads=tensor.is_floating_point())  # [processes, N, ...]
         assert isinstance(gathered, Tensor)
         if gathered.requires_grad:  # gloo's backward garbles a gradient whose rows are not contiguous, as the MMD's
             gathered.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
@@ -143,13 +164,72 @@ class DomainAdaptation(ImageClassifier):
         """Classification on the source plus alignment of the domains."""
         source, target = self.domain_outputs(batch.source.images, batch.target)
         classification_loss = self.classification_loss(source.logits, batch.source.labels)
-        alignment_loss = self.alignment(self.gathered(source), self.gathered(target), self.progress)
+        alignment_loss = self.alignment_loss(source, target, batch.source)
         return self.logged_loss(
             classification_loss + self.trade_off * alignment_loss,
             classification_loss=classification_loss,
             alignment_loss=alignment_loss,
             **self.alignment.diagnostics,
+            **self.target_diagnostics(target),
         )
+
+    def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: LabelledBatch) -> Tensor:
+        """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features."""
+        source = self.gathered(source._replace(labels=batch.labels, domains=batch.domains))
+        target = self.gathered(target)
+        loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
+        return loss
+
+    def _observed(self, outputs: NetworkOutputs, domain: Domain) -> NetworkOutputs:
+        # views, whose gradients are the alignment's alone: behind a gradient reversal, what comes through it
+        views = {}
+        for part in ("features", "logits"):
+            tensor: Tensor = getattr(outputs, part)
+            if tensor.requires_grad:
+                views[part] = view = tensor.view_as(tensor)
+                name = f"train/alignment_gradient_norm/{domain}_{part}"
+                view.register_hook(lambda gradient, name=name: self._means.add({name: gradient.float().norm()}))  # type: ignore[no-untyped-call]
+        return outputs._replace(**views)
+
+    def target_diagnostics(self, target: NetworkOutputs) -> dict[str, Tensor]:
+        """Entropy, in nats, of the mean prediction of a batch of target outputs: log K where all classes are predicted
+        alike often, 0 where all images get one class."""
+        self._target_batch = len(target.logits)
+        marginal = target.logits.detach().float().softmax(dim=1).mean(dim=0)
+        return {"target_marginal_entropy": -torch.special.xlogy(marginal, marginal).sum()}
+
+    def on_running_means(self, means: dict[str, float]) -> None:
+        """Warn, once for each kind, where the means say that the method does not work."""
+        processed, planned = batches_processed(self.trainer), batches_planned(self.trainer) or 1
+        for key, sentence in self.complaints(means, processed / planned):
+            if key not in self._complained:
+                self._complained.add(key)
+                rank_zero_warn(f"At batch {processed:,} of {planned:,}: {sentence}", category=UserWarning)
+
+    def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
+        """What is wrong by the running means, a key and a sentence that says what to turn."""
+        classes = math.exp(means.get("train/target_marginal_entropy", math.inf))
+        most = min(self.num_classes, self._target_batch)
+        if progress >= 0.2 and classes < max(1.1, most / 3):
+            found = f"{classes:.1f} of {self.num_classes} by the entropy of their mean"
+            yield (
+                "collapse",
+                f"the predictions of target images are collapsing to few classes, {found} "
+                "(`train/target_marginal_entropy`). If the target's classes are not that unbalanced, lower "
+                "`--model.trade_off` or `--model.learning_rate`, or train longer.",
+            )
+        loss = means.get("train/classification_loss", 0.0)
+        if progress >= 0.3 and loss > 0.9 * math.log(self.num_classes):
+            yield (
+                "source",
+                (
+                    f"the source is not learned, `train/classification_loss` is {loss:.2f} where guessing gives "
+                    f"{math.log(self.num_classes):.2f}. Lower `--model.trade_off`, or change `--model.learning_rate`."
+                ),
+            )
+        alignment = getattr(self, "alignment", None)
+        if alignment is not None:
+            yield from alignment.complaints(means, progress)
 
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

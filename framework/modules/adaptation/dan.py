@@ -32,6 +32,8 @@ class MaximumMeanDiscrepancyLoss(AlignmentLoss):
         kernel_scales: widths of the kernels as multiples of the mean squared distance in the batch.
     """
 
+    term = "dan"
+
     def __init__(
         self, estimator: Estimator = "unbiased", kernel_scales: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)
     ) -> None:

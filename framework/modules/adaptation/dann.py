@@ -35,6 +35,8 @@ class DomainAdversarialLoss(AlignmentLoss):
         reversal_maximum: what the coefficient is multiplied by.
     """
 
+    term = "dann"
+
     def __init__(
         self,
         num_features: int,

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from framework.batch import DomainBatch
-from framework.errors import ConfigurationError
 from framework.modules.adaptation.base import DomainAdaptation
 
 
@@ -21,13 +20,11 @@ class SourceOnly(DomainAdaptation):
         options: those of :class:`~framework.modules.adaptation.DomainAdaptation`; alignment has no effect.
     """
 
+    # it sees no target images that the target's batch normalisation could learn from
+    refused_batch_norm = ("domain_specific",)
+
     def __init__(self, num_classes: int, **options: Any) -> None:
         super().__init__(num_classes, **options)
-        if self.batch_norm == "domain_specific":
-            raise ConfigurationError(
-                "Expected `--model.batch_norm` to be 'joint' or 'separate' for SourceOnly, but got 'domain_specific': "
-                "it sees no target images that the target's batch normalisation could learn from."
-            )
 
     def training_step(self, batch: DomainBatch, batch_idx: int) -> Tensor | None:
         """Classification on the source."""

@@ -162,7 +162,7 @@ def test_validation_scores_against_independent_ones(domains: Path) -> None:
     source, target = pair.val_dataloader()
     with torch.no_grad():
         batches = [pair.on_after_batch_transfer(batch, 0) for batch in source]
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        images, labels, _ = (torch.cat(parts) for parts in zip(*batches, strict=True))
         targets = torch.cat([pair.on_after_batch_transfer(batch, 1) for batch in target])
         accuracy = (module(images).argmax(1) == labels).double().mean()
         p = module(targets).double().softmax(1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract import toy_accuracy
 
 from framework.errors import ConfigurationError
 from framework.functional import biased_mmd, linear_time_mmd, unbiased_mmd
@@ -43,3 +44,11 @@ def test_bad_values_name_the_flag() -> None:
         DAN(3, backbone="resnet8", estimator="quadratic")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"--model\.kernel_scales"):
         DAN(3, backbone="resnet8", kernel_scales=(1.0, -1.0))
+
+
+@pytest.mark.parametrize("shift", ["noise", "rotation"])
+def test_it_helps_on_a_toy(shift: str) -> None:
+    source_only = [toy_accuracy(None, shift, seed=seed) for seed in range(3)]
+    adapted = [toy_accuracy(MaximumMeanDiscrepancyLoss(), shift, seed=seed) for seed in range(3)]
+    assert sum(source_only) / 3 < 0.93
+    assert min(adapted) > 0.95

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract import toy_accuracy
 
 from framework.errors import ConfigurationError
 from framework.modules import DANN
@@ -90,3 +91,11 @@ def test_bad_values_name_the_flag() -> None:
         DANN(3, backbone="resnet8", domain_weighting="half")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"--model\.reversal_gamma"):
         DANN(3, backbone="resnet8", reversal_gamma=-1.0)
+
+
+def test_it_helps_on_a_toy() -> None:
+    source_only = [toy_accuracy(None, "rotation", seed=seed) for seed in range(3)]
+    losses = [DomainAdversarialLoss(16, hidden_features=256, normalization="none") for _ in range(3)]
+    adapted = [toy_accuracy(loss, "rotation", seed=seed) for seed, loss in enumerate(losses)]
+    assert sum(source_only) / 3 < 0.93
+    assert min(adapted) > 0.95
