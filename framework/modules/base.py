@@ -172,7 +172,11 @@ class ImageClassifier(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout and the like depend on (seed, batch, rank) only: a resumed run draws what the uninterrupted one does,
         and two ranks draw different numbers."""
-        seed = ((global_seed() * 1_000_003 + batches_processed(self.trainer)) * 4096 + self.global_rank) % (1 << 63)
+        self.reseed(self.global_rank)
+
+    def reseed(self, stream: int) -> None:
+        """Make what is drawn next a function of (seed, batch, stream), with ``stream`` below 4096."""
+        seed = ((global_seed() * 1_000_003 + batches_processed(self.trainer)) * 4096 + stream) % (1 << 63)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -18,6 +18,7 @@ from framework.networks import NetworkOutputs, convert_domain_specific, select_d
 from framework.progress import batches_planned, batches_processed
 
 Domain = Literal["source", "target"]
+SAME_ON_ALL_PROCESSES = 4095  # a stream of random numbers that is no process's own
 BatchNormPolicy = Literal["joint", "separate", "domain_specific"]
 
 
@@ -177,6 +178,7 @@ class DomainAdaptation(ImageClassifier):
         """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features."""
         source = self.gathered(source._replace(labels=batch.labels, domains=batch.domains))
         target = self.gathered(target)
+        self.reseed(SAME_ON_ALL_PROCESSES)  # what the loss draws, on the same gathered batch
         loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
         return loss
 
