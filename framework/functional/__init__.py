@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from framework.functional.confusion import class_confusion
+from framework.functional.entropy import marginal_entropy, prediction_entropy
 from framework.functional.gradient_reversal import reverse_gradient
 from framework.functional.kernels import FIVE_SCALES, gaussian_kernel_sum, mean_squared_distance, squared_distances
 from framework.functional.mmd import biased_mmd, linear_time_mmd, unbiased_mmd
@@ -11,13 +13,16 @@ from framework.functional.schedules import cosine_with_warmup, inverse_decay, re
 __all__ = [
     "FIVE_SCALES",
     "biased_mmd",
+    "class_confusion",
     "cosine_with_warmup",
     "full_precision",
     "full_precision_matmul",
     "gaussian_kernel_sum",
     "inverse_decay",
     "linear_time_mmd",
+    "marginal_entropy",
     "mean_squared_distance",
+    "prediction_entropy",
     "reversal_coefficient",
     "reverse_gradient",
     "squared_distances",

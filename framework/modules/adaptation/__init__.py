@@ -3,6 +3,7 @@
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.dan import DAN
 from framework.modules.adaptation.dann import DANN
+from framework.modules.adaptation.mcc import MCC
 from framework.modules.adaptation.source_only import SourceOnly
 
-__all__ = ["DAN", "DANN", "AlignmentLoss", "DomainAdaptation", "SourceOnly"]
+__all__ = ["DAN", "DANN", "MCC", "AlignmentLoss", "DomainAdaptation", "SourceOnly"]

@@ -1,0 +1,45 @@
+"""Entropy of predictions: of each image's, and of their mean."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from framework.functional.precision import full_precision
+
+
+@full_precision
+def prediction_entropy(logits: Tensor) -> Tensor:
+    """Entropy, in nats, of each row's softmax: ``-sum over k of p_k log p_k``.
+
+    From the log-softmax: a probability that rounds to 0 adds 0, and its gradient stays finite.
+
+    Args:
+        logits: shape ``[N, K]``.
+
+    Returns:
+        Shape ``[N]``, between 0 (one class is certain) and ``log K``.
+
+    >>> prediction_entropy(torch.tensor([[0.0, 0.0], [1000.0, 0.0]]))
+    tensor([0.6931, 0.0000])
+    """
+    log_probabilities = logits.log_softmax(dim=1)
+    return (-log_probabilities.exp() * log_probabilities).sum(dim=1)
+
+
+@full_precision
+def marginal_entropy(logits: Tensor) -> Tensor:
+    """Entropy, in nats, of the mean of all rows' softmax: ``log K`` where all classes are predicted alike often.
+
+    Args:
+        logits: shape ``[N, K]``.
+
+    Returns:
+        0-d tensor between 0 (all rows name one class) and ``log K``.
+
+    >>> marginal_entropy(torch.tensor([[0.0, 1000.0], [1000.0, 0.0]]))
+    tensor(0.6931)
+    """
+    log_marginal = logits.log_softmax(dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return (-log_marginal.exp() * log_marginal).sum()
