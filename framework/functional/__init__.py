@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from framework.functional.confusion import class_confusion
+from framework.functional.correlation_alignment import coral
 from framework.functional.entropy import marginal_entropy, prediction_entropy
 from framework.functional.gradient_reversal import reverse_gradient
 from framework.functional.kernels import FIVE_SCALES, gaussian_kernel_sum, mean_squared_distance, squared_distances
-from framework.functional.mmd import biased_mmd, linear_time_mmd, unbiased_mmd
+from framework.functional.mmd import MMDEstimator, biased_mmd, joint_mmd, linear_time_mmd, unbiased_mmd
 from framework.functional.precision import full_precision, full_precision_matmul
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
 
 __all__ = [
     "FIVE_SCALES",
+    "MMDEstimator",
     "biased_mmd",
     "class_confusion",
+    "coral",
     "cosine_with_warmup",
     "full_precision",
     "full_precision_matmul",
     "gaussian_kernel_sum",
     "inverse_decay",
+    "joint_mmd",
     "linear_time_mmd",
     "marginal_entropy",
     "mean_squared_distance",

@@ -1,4 +1,4 @@
-"""Three estimators of the squared maximum mean discrepancy with a sum of Gaussian kernels.
+"""Three estimators of the squared maximum mean discrepancy with a sum of Gaussian kernels, and of the joint one.
 
 With ``k`` the kernel, ``s, s'`` independent source samples and ``t, t'`` target samples (Gretton et al. 2012, lemma 6)
 it is ``E k(s, s') + E k(t, t') - 2 E k(s, t)``.
@@ -7,12 +7,15 @@ All three take ``scales`` of the kernels and a ``bandwidth``: kernel u is ``exp(
 By default the bandwidth is the mean squared distance over all pairs of the joint sample, without a gradient. It is
 symmetric in the samples, so the estimators that are unbiased for a fixed bandwidth keep a mean of 0 where the two
 distributions are equal. Equal features give 0, with a gradient of 0.
+
+The joint discrepancy of several layers (Long et al. 2017) has the product of the layers' kernels in place of ``k``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ from framework.functional.kernels import (
     squared_distances,
 )
 from framework.functional.precision import full_precision
+
+MMDEstimator = Literal["biased", "unbiased", "linear_time"]
 
 
 @full_precision
@@ -54,9 +59,7 @@ def biased_mmd(
     >>> biased_mmd(torch.tensor([[0.0]]), torch.tensor([[2.0]]), scales=(1.0,), bandwidth=2.0)  # 2 - 2 exp(-1)
     tensor(1.2642)
     """
-    check_features(source, target)
-    within_source, within_target, between = _kernels(source, target, scales, bandwidth)
-    return within_source.mean() + within_target.mean() - 2.0 * between.mean()
+    return _biased([_checked(source, target, scales, bandwidth)])
 
 
 @full_precision
@@ -87,9 +90,7 @@ def unbiased_mmd(
     >>> unbiased_mmd(samples, samples, scales=(1.0,), bandwidth=2.0)  # 2 exp(-1) - (1 + exp(-1))
     tensor(-0.6321)
     """
-    check_features(source, target, least=2)
-    within_source, within_target, between = _kernels(source, target, scales, bandwidth)
-    return _mean_of_distinct(within_source) + _mean_of_distinct(within_target) - 2.0 * between.mean()
+    return _unbiased([_checked(source, target, scales, bandwidth, least=2)])
 
 
 @full_precision
@@ -123,34 +124,120 @@ def linear_time_mmd(
     >>> linear_time_mmd(source, target, scales=(1.0,), bandwidth=2.0)  # 1 + 1 - 2 exp(-1)
     tensor(1.2642)
     """
-    check_features(source, target, least=2)
-    if len(source) != len(target):
+    return _linear_time([_checked(source, target, scales, bandwidth, least=2)])
+
+
+@full_precision
+def joint_mmd(
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    estimator: MMDEstimator = "unbiased",
+    scales: Sequence[Sequence[float]] = (FIVE_SCALES, (1.0,)),
+    bandwidths: Sequence[Tensor | float | None] = (None, 0.92**2),
+) -> Tensor:
+    """The joint maximum mean discrepancy of several layers' outputs (Long et al. 2017, eq. 7 to 9).
+
+    The kernel of two images is the product over the layers of each layer's sum of Gaussian kernels: the mean embedding
+    of the layers' joint distribution. The defaults are those of the published codes for features and the
+    probabilities of the classes: five kernels, times ``exp(-d^2 / (2 * 0.92^2))``.
+
+    Args:
+        source: each layer's output, shapes ``[N, D_1]``, ``[N, D_2]``, ...
+        target: the same of the target, shapes ``[M, D_1]``, ``[M, D_2]``, ...
+        estimator: that of ``biased_mmd``, ``unbiased_mmd`` or ``linear_time_mmd``; the last one needs ``N = M``.
+        scales: each layer's factors of its bandwidth.
+        bandwidths: each layer's bandwidth, in the unit of a squared distance; None for the joint sample's mean squared
+            distance, detached.
+
+    Returns:
+        0-d tensor.
+
+    Raises:
+        ConfigurationError: shapes or numbers of layers that do not fit, an unknown estimator, or scales or bandwidths
+            that are not positive.
+
+    >>> one, two = torch.tensor([[0.0]]), torch.tensor([[2.0]])
+    >>> joint_mmd([one, one], [two, two], "biased", scales=[(1.0,), (1.0,)], bandwidths=[4.0, 4.0])  # 2 - 2 exp(-1/2)^2
+    tensor(1.2642)
+    """
+    if estimator not in ESTIMATORS:
+        raise ConfigurationError(f"Expected `estimator` to be one of {', '.join(ESTIMATORS)}, but got {estimator!r}.")
+    counts = (len(source), len(target), len(scales), len(bandwidths))
+    if len(source) == 0 or len(set(counts)) > 1:
         raise ConfigurationError(
-            "Expected `source` and `target` to have the same number of samples for the linear-time estimator,"
-            f" but got {len(source)} and {len(target)}."
+            "Expected `source`, `target`, `scales` and `bandwidths` to have one entry for each layer, but got "
+            f"{', '.join(map(str, counts))} entries."
         )
-    pairs = len(source) // 2
-    source_1, source_2 = source[0 : 2 * pairs : 2], source[1 : 2 * pairs : 2]
-    target_1, target_2 = target[0 : 2 * pairs : 2], target[1 : 2 * pairs : 2]
-    first = torch.stack([source_1, target_1, source_1, source_2])
-    second = torch.stack([source_2, target_2, target_2, target_1])
-    distances = (first - second).square().sum(-1)
-    kernels = gaussian_kernel_sum(distances, scales, _bandwidth(source, target, bandwidth))
-    within_source, within_target, between_1, between_2 = kernels.mean(1).unbind()
+    least = 1 if estimator == "biased" else 2
+    layers = [_checked(*layer, least=least) for layer in zip(source, target, scales, bandwidths, strict=True)]
+    for name, samples in (("source", source), ("target", target)):
+        if len({len(layer) for layer in samples}) > 1:
+            raise ConfigurationError(
+                f"Expected all layers of `{name}` to have the same number of samples, but got "
+                f"{[len(layer) for layer in samples]}."
+            )
+    return ESTIMATORS[estimator](layers)
+
+
+class _Layer(NamedTuple):
+    source: Tensor
+    target: Tensor
+    scales: Sequence[float]
+    bandwidth: Tensor
+
+
+def _checked(
+    source: Tensor, target: Tensor, scales: Sequence[float], bandwidth: Tensor | float | None, least: int = 1
+) -> _Layer:
+    check_features(source, target, least)
+    return _Layer(source, target, scales, _bandwidth(source, target, bandwidth))
+
+
+def _biased(layers: Sequence[_Layer]) -> Tensor:
+    within_source, within_target, between = _kernels(layers)
+    return within_source.mean() + within_target.mean() - 2.0 * between.mean()
+
+
+def _unbiased(layers: Sequence[_Layer]) -> Tensor:
+    within_source, within_target, between = _kernels(layers)
+    return _mean_of_distinct(within_source) + _mean_of_distinct(within_target) - 2.0 * between.mean()
+
+
+def _linear_time(layers: Sequence[_Layer]) -> Tensor:
+    kernels = []
+    for source, target, scales, bandwidth in layers:
+        if len(source) != len(target):
+            raise ConfigurationError(
+                "Expected `source` and `target` to have the same number of samples for the linear-time estimator,"
+                f" but got {len(source)} and {len(target)}."
+            )
+        pairs = len(source) // 2
+        source_1, source_2 = source[0 : 2 * pairs : 2], source[1 : 2 * pairs : 2]
+        target_1, target_2 = target[0 : 2 * pairs : 2], target[1 : 2 * pairs : 2]
+        first = torch.stack([source_1, target_1, source_1, source_2])
+        second = torch.stack([source_2, target_2, target_2, target_1])
+        kernels.append(gaussian_kernel_sum((first - second).square().sum(-1), scales, bandwidth))
+    within_source, within_target, between_1, between_2 = math.prod(kernels[1:], start=kernels[0]).mean(1).unbind()
     return within_source + within_target - between_1 - between_2
 
 
-def _kernels(
-    source: Tensor, target: Tensor, scales: Sequence[float], bandwidth: Tensor | float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+ESTIMATORS = {"biased": _biased, "unbiased": _unbiased, "linear_time": _linear_time}
+
+
+def _kernels(layers: Sequence[_Layer]) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel within the source ``[N, N]``, within the target ``[M, M]`` and between the two ``[N, M]``."""
     # three blocks and not one matrix of the joint sample: three quarters of the work, and no slices to scatter back
-    common = _bandwidth(source, target, bandwidth)
-    return (
-        gaussian_kernel_sum(squared_distances(source, source), scales, common),
-        gaussian_kernel_sum(squared_distances(target, target), scales, common),
-        gaussian_kernel_sum(squared_distances(source, target), scales, common),
+    blocks = [
+        tuple(
+            gaussian_kernel_sum(squared_distances(x, y), scales, bandwidth)
+            for x, y in ((source, source), (target, target), (source, target))
+        )
+        for source, target, scales, bandwidth in layers
+    ]
+    within_source, within_target, between = (
+        math.prod(kernels[1:], start=kernels[0]) for kernels in zip(*blocks, strict=True)
     )
+    return within_source, within_target, between
 
 
 def _bandwidth(source: Tensor, target: Tensor, bandwidth: Tensor | float | None) -> Tensor:
