@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a domain-adaptation result on real images: makes or reuses the virtual environment, writes the digits
-# to data/digits, and trains and compares methods. Arguments go to experiments/demo.py; `scripts/demo.sh --help` lists
-# them. Runs from any folder; what it writes lies in the repository.
+# to data/digits, and trains and compares three methods with one seed. Arguments go to experiments/compare_methods.py,
+# after those below; `scripts/demo.sh --help` lists them. Runs from any folder; what it writes lies in the repository.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" digits
@@ -11,9 +11,11 @@ installed=$SECONDS
 echo "Writing the digits to data/digits"
 python scripts/prepare_digits.py
 
-echo "Running experiments/demo.py $*"
+set -- --data experiments/data/mnist_to_optdigits.yaml experiments/data/mnist_to_mnist_m.yaml \
+    --methods source_only dann dan --seeds 1 --experiment demo "$@"
+echo "Running experiments/compare_methods.py $*"
 status=0
-python experiments/demo.py "$@" || status=$?
+python experiments/compare_methods.py "$@" || status=$?
 if [ "$status" -ne 0 ]; then
     echo "The demo ended with status $status after $SECONDS s" >&2
     exit "$status"
