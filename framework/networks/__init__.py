@@ -3,6 +3,7 @@
 from framework.networks.backbones import create_backbone, list_backbones
 from framework.networks.batch_norm import DomainSpecificBatchNorm, convert_domain_specific, select_domain
 from framework.networks.discriminator import DomainDiscriminator
+from framework.networks.heads import MLPHead
 from framework.networks.outputs import NetworkOutputs
 from framework.networks.projection import Bottleneck
 from framework.networks.residual import (
@@ -27,6 +28,7 @@ __all__ = [
     "BottleneckBlock",
     "DomainDiscriminator",
     "DomainSpecificBatchNorm",
+    "MLPHead",
     "NetworkOutputs",
     "PreActivationBlock",
     "ResidualNetwork",
