@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -15,6 +16,8 @@ from framework.progress import batches_processed
 
 class SampleImages(L.Callback):
     """Shows images of the first training batch once, as the network sees them: ``train/source``, ``train/target``.
+
+    Of several source folders, each has a grid of its own, by its number: ``train/source_0``, ``train/source_1``, …
 
     Args:
         most: images a domain.
@@ -30,7 +33,7 @@ class SampleImages(L.Callback):
         if batch_idx or batches_processed(trainer) or not trainer.is_global_zero:
             return
         if isinstance(batch, DomainBatch):
-            images = {"source": batch.source.images, "target": batch.target}
+            images = {**_by_domain(batch.source), "target": batch.target}
         elif isinstance(batch, LabelledBatch):
             images = {"images": batch.images}
         else:
@@ -48,3 +51,10 @@ class SampleImages(L.Callback):
         else:
             grid = make_grid(denormalize(images), nrow=8)
         return grid
+
+
+def _by_domain(source: LabelledBatch) -> dict[str, Tensor]:
+    domains = [] if source.domains is None else torch.unique(source.domains).tolist()
+    if source.domains is None or len(domains) < 2:
+        return {"source": source.images}
+    return {f"source_{domain}": source.images[source.domains == domain] for domain in domains}

@@ -42,7 +42,7 @@ class ImageDataModule(L.LightningDataModule):
     Args:
         batch_size: images per step, rank and domain.
         eval_batch_size: images per evaluation step and rank; default: twice ``batch_size``.
-        steps_per_epoch: batches in an epoch; default: one pass over the (source) training images.
+        steps_per_epoch: batches in an epoch; default: as many as the (source) training images fill.
         val_fraction: share of the training images held out for validation where no validation folder is given.
         image_size: height and width that the network sees, in pixels.
         resize_size: square that images are resized to before a crop; default: ``image_size * 256 / 224``.
@@ -157,23 +157,34 @@ class ImageDataModule(L.LightningDataModule):
         checked.add(key)
 
     def _check_enough(self, flag: str, files: ImageFiles, batch_flag: str, batch_size: int) -> None:
-        needed = batch_size * self._world_size
-        if len(files) < needed:
-            ranks = f" on each of {self._world_size} processes" if self._world_size > 1 else ""
-            raise ConfigurationError(
-                f"Expected `{flag}` to hold at least one batch, `{batch_flag}` = {batch_size} images{ranks}, but "
-                f"{len(files)} training images are under '{files.root}'. Lower `{batch_flag}`"
-                + (" or `--data.val_fraction`." if self.val_fraction else ".")
+        share = batch_size // len(files.roots)
+        ranks = f" on each of {self._world_size} processes" if self._world_size > 1 else ""
+        if len(files.roots) == 1:
+            expected = f"`{flag}` to hold at least one batch, `{batch_flag}` = {batch_size} images{ranks}"
+        else:
+            expected = (
+                f"every folder of `{flag}` to hold its share of a batch, {share} of `{batch_flag}` = {batch_size} "
+                f"images{ranks}"
             )
+        for domain, root in enumerate(files.roots):
+            if (count := files.domains.count(domain)) < share * self._world_size:
+                raise ConfigurationError(
+                    f"Expected {expected}, but {count} training images are under '{root}'. Lower `{batch_flag}`"
+                    + (" or `--data.val_fraction`." if self.val_fraction else ".")
+                )
 
     # ------------------------------------------------------------------ the split's manifest
     def _split_table(self) -> str:
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["split", "file"])
+        several = any(len(files.roots) > 1 for files in self._splits.values())  # where a file's name may be there twice
+        writer.writerow(["split", "folder", "file"] if several else ["split", "file"])
         for name, files in self._splits.items():
-            for path in files.paths:
-                writer.writerow([name, Path(path).relative_to(files.root).as_posix()])
+            folders = [str(root.resolve()) for root in files.roots]
+            # by folder, so that the order in which the folders are given makes no other split
+            for domain, path in sorted(zip(files.domains, files.paths, strict=True), key=lambda row: folders[row[0]]):
+                file = Path(path).relative_to(files.roots[domain]).as_posix()
+                writer.writerow([name, folders[domain], file] if several else [name, file])
         return rows.getvalue()
 
     def _write_manifest(self, folder: str | None) -> None:
@@ -185,7 +196,7 @@ class ImageDataModule(L.LightningDataModule):
             path.write_text(self._split_table(), encoding="utf-8")
 
     def _split_identity(self) -> dict[str, str]:
-        roots = sorted({str(files.root.resolve()) for files in self._splits.values()})
+        roots = sorted({str(root.resolve()) for files in self._splits.values() for root in files.roots})
         return {"roots": "\n".join(roots), "digest": hashlib.sha256(self._split_table().encode()).hexdigest()}
 
     # ------------------------------------------------------------------ checkpoint
@@ -243,7 +254,7 @@ class ImageDataModule(L.LightningDataModule):
     ) -> DataLoader[Any]:
         """Endless stream number ``stream`` of the run: every stream has an order and augmentations of its own."""
         seed = 16 * self.seed + stream
-        sampler = StreamSampler(len(files), batch_size, steps, seed, self._rank, self._world_size, self._processed)
+        sampler = StreamSampler(files.domains, batch_size, steps, seed, self._rank, self._world_size, self._processed)
         images: Dataset[Any] = (LabelledImages if labelled else UnlabelledImages)(files, self.train_transform)
         return DataLoader(
             SeededDraws(images, seed),

@@ -25,7 +25,7 @@ class UnlabelledImages(Dataset[Tensor]):
 
 
 class LabelledImages(Dataset[LabelledBatch]):
-    """Samples are images with their class index."""
+    """Samples are images with their class index and the index of their folder, 0 where there is only one."""
 
     def __init__(self, files: ImageFiles, transform: v2.Transform) -> None:
         self.files, self.transform = files, transform
@@ -35,7 +35,8 @@ class LabelledImages(Dataset[LabelledBatch]):
 
     def __getitem__(self, index: int) -> LabelledBatch:
         image = _transformed(self.files.paths[index], self.transform)
-        return LabelledBatch(image, self.files.labels[index], 0)  # type: ignore[arg-type]  # collated to tensors
+        label, domain = self.files.labels[index], self.files.domains[index]
+        return LabelledBatch(image, label, domain)  # type: ignore[arg-type]  # collated to tensors
 
 
 class ImagesWithPaths(Dataset[PredictionBatch]):

@@ -1,7 +1,9 @@
-"""A labelled source folder and an unlabelled target folder, paired batch by batch."""
+"""Labelled source folders and an unlabelled target folder, paired batch by batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import CombinedLoader
@@ -12,7 +14,8 @@ from framework.datamodules.base import ImageDataModule, _at_least
 from framework.datamodules.datasets import ImagesWithPaths, LabelledImages, UnlabelledImages
 from framework.datamodules.folders import (
     ImageFiles,
-    class_names,
+    common_class_names,
+    joined,
     labelled_images,
     stratified_split,
     unlabelled_images,
@@ -27,11 +30,20 @@ class DomainPairDataModule(ImageDataModule):
     looks like. Validation has two loaders: labelled source images and unlabelled target images. Target labels are read
     in ``test`` only, from ``target_test``.
 
+    ``source`` may name several folders with the same classes: each is a domain of its own, and
+    ``batch.source.domains`` says which of them an image is from. Every batch of ``batch_size`` source images holds
+    equally many of each of the ``S`` folders, whatever their sizes; image ``i`` is of folder ``i % S``. Each is an
+    endless stream with an order and augmentations of its own. By default an epoch has as many images as all folders
+    together, so that a small folder comes around more than once in it and a large one less. Each folder is split by
+    itself.
+
     Args:
-        source: ImageFolder of the labelled domain, ``source/<class>/*``.
+        source: ImageFolder of the labelled domain, ``source/<class>/*``, or several with the same class names. From the
+            shell ``--data.source a``, ``--data.source '[a, b]'`` or ``--data.source a --data.source+=b``.
         target: folder of the unlabelled domain; images at any depth, class folders are not looked at.
-        source_val: ImageFolder for validation; default: ``val_fraction`` of the source, each class by itself. With a
-            ``val_fraction`` of 0, the training images without augmentation.
+        source_val: ImageFolder for validation, or several that are evaluated together; default: ``val_fraction`` of
+            each source folder, each class by itself. With a ``val_fraction`` of 0, the training images without
+            augmentation.
         target_val: folder of target images for label-free validation; default: as ``source_val``.
         target_test: labelled ImageFolder of the target domain, for ``test``. In the published protocols it is the
             target folder itself.
@@ -44,10 +56,10 @@ class DomainPairDataModule(ImageDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | list[str],
         target: str,
         *,
-        source_val: str | None = None,
+        source_val: str | list[str] | None = None,
         target_val: str | None = None,
         target_test: str | None = None,
         predict: str | None = None,
@@ -57,14 +69,22 @@ class DomainPairDataModule(ImageDataModule):
         super().__init__(**options)
         _at_least("--data.target_batch_size", target_batch_size, 1)
         self.source, self.target = source, target
+        self.sources = _folders(source, "--data.source")  # one domain each
         self.source_val, self.target_val = source_val, target_val
+        self.source_vals = None if source_val is None else _folders(source_val, "--data.source_val")
         self.target_test, self.predict = target_test, predict
         self.target_batch_size = target_batch_size or self.batch_size
+        if rest := self.batch_size % (several := len(self.sources)):
+            near = " or ".join(str(size) for size in (self.batch_size - rest, self.batch_size - rest + several) if size)
+            raise ConfigurationError(
+                f"Expected `--data.batch_size` to be a multiple of {several}, the folders of `--data.source`, of which "
+                f"every batch holds equally many images, but got {self.batch_size}. Take {near}."
+            )
 
     @property
     def class_names(self) -> list[str]:
         """The source's class folders, sorted."""
-        return class_names(self.source, "--data.source")
+        return common_class_names(self.sources, "--data.source")
 
     def _scan(self, stage: str) -> None:
         classes = self.class_names
@@ -84,18 +104,21 @@ class DomainPairDataModule(ImageDataModule):
             self.predict_files = unlabelled_images(folder, flag)
 
     def _scan_training(self, classes: list[str]) -> None:
-        source = labelled_images(self.source, "--data.source", classes)
+        sources = [labelled_images(folder, "--data.source", classes) for folder in self.sources]
         target = unlabelled_images(self.target, "--data.target")
-        self._check_files("--data.source", source)
+        for source in sources:
+            self._check_files("--data.source", source)
         self._check_files("--data.target", target)
-        if self.source_val is None:
-            self.source_files, self.source_val_files = self._held_out("source", source)
+        if self.source_vals is None:
+            self.source_files, self.source_val_files = self._held_out("source", sources)
         else:
-            self.source_files = source
-            self.source_val_files = labelled_images(self.source_val, "--data.source_val", classes)
-            self._check_files("--data.source_val", self.source_val_files)
+            self.source_files = joined(sources)
+            source_vals = [labelled_images(folder, "--data.source_val", classes) for folder in self.source_vals]
+            for source in source_vals:
+                self._check_files("--data.source_val", source)
+            self.source_val_files = joined(source_vals)
         if self.target_val is None:
-            self.target_files, self.target_val_files = self._held_out("target", target)
+            self.target_files, self.target_val_files = self._held_out("target", [target])
         else:
             self.target_files = target
             self.target_val_files = unlabelled_images(self.target_val, "--data.target_val")
@@ -105,14 +128,44 @@ class DomainPairDataModule(ImageDataModule):
             flag = "--data.batch_size" if self.target_batch_size == self.batch_size else "--data.target_batch_size"
             self._check_enough("--data.target", self.target_files, flag, self.target_batch_size)
 
-    def _held_out(self, domain: str, files: ImageFiles) -> tuple[ImageFiles, ImageFiles]:
-        """Training and validation part of a folder, split by the seed; the source class by class."""
+    def _held_out(self, domain: str, folders: Sequence[ImageFiles]) -> tuple[ImageFiles, ImageFiles]:
+        """Training and validation part of each folder, split by the seed; the source class by class."""
         if self.val_fraction == 0:
-            return files, files
-        held_out, kept = stratified_split(files.labels or [0] * len(files), [self.val_fraction], self.seed)
-        train, val = files.subset(kept), files.subset(held_out or kept)
+            return joined(folders), joined(folders)
+        trains, vals = [], []
+        for files in folders:
+            held_out, kept = stratified_split(files.labels or [0] * len(files), [self.val_fraction], self.seed)
+            trains.append(files.subset(kept))
+            vals.append(files.subset(held_out or kept))
+        train, val = joined(trains), joined(vals)
         self._splits |= {f"{domain}_train": train, f"{domain}_val": val}
         return train, val
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every datamodule's; of several source folders also which they are, in the order of the domains."""
+        several = {"sources": _resolved(self.sources)} if len(self.sources) > 1 else {}
+        return super().state_dict() | several
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the position.
+
+        Raises:
+            ConfigurationError: as every datamodule, or a run would go on with more or fewer source folders, or with the
+                same in another order.
+        """
+        sources = _resolved(self.sources)
+        before = state.get("sources", [""])
+        if self._stage == "fit" and len(before) != len(sources):
+            raise ConfigurationError(
+                f"Expected `--data.source` to name as many folders as in the run of the checkpoint, {len(before)}, but "
+                f"got {len(sources)}: its position in the data means nothing for others."
+            )
+        if self._stage == "fit" and before != sources and sorted(before) == sorted(sources):
+            raise ConfigurationError(
+                "Expected the folders of `--data.source` in the order of the checkpoint's run, "
+                f"'[{', '.join(before)}]', but got them in another: domain 0 would be another one."
+            )
+        super().load_state_dict(state)
 
     def train_dataloader(self) -> CombinedLoader:
         """Two endless streams cut into epochs of the same length; batches are ``DomainBatch``."""
@@ -135,3 +188,21 @@ class DomainPairDataModule(ImageDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Images with their paths."""
         return self._eval_loader(ImagesWithPaths(self.predict_files, self.eval_transform), "--data.predict")
+
+
+def _resolved(folders: Sequence[str]) -> list[str]:
+    return [str(Path(folder).expanduser().resolve()) for folder in folders]
+
+
+def _folders(given: str | Sequence[str], flag: str) -> list[str]:
+    """One folder or several, none of them twice."""
+    folders = [given] if isinstance(given, str | Path) else list(given)
+    if not folders:
+        raise ConfigurationError(f"Expected `{flag}` to name a folder or several, but got an empty list.")
+    resolved = _resolved(folders)
+    for i, folder in enumerate(folders):
+        if resolved[i] in resolved[:i]:
+            first = folders[resolved.index(resolved[i])]
+            again = f"'{folder}' twice" if first == folder else f"'{folder}', which is '{first}' again"
+            raise ConfigurationError(f"Expected `{flag}` to name each folder once, but got {again}.")
+    return folders

@@ -20,19 +20,21 @@ from framework.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images below one folder.
+    """The images below one folder, or below several that are used together.
 
     Attributes:
-        root: the folder.
-        paths: the files, sorted.
+        roots: the folders.
+        paths: the files; those of a folder sorted.
         labels: a class index for each file; empty where labels are not known or not read.
         classes: class names in the order of their indices; empty without labels.
+        domains: which of ``roots`` each file is below.
     """
 
-    root: Path
+    roots: list[Path]
     paths: list[str]
     labels: list[int]
     classes: list[str]
+    domains: list[int]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -40,11 +42,29 @@ class ImageFiles:
     def subset(self, indices: Sequence[int]) -> ImageFiles:
         """The files at ``indices``, in that order."""
         labels = [self.labels[i] for i in indices] if self.labels else []
-        return ImageFiles(self.root, [self.paths[i] for i in indices], labels, self.classes)
+        domains = [self.domains[i] for i in indices]
+        return ImageFiles(self.roots, [self.paths[i] for i in indices], labels, self.classes, domains)
 
     def without_labels(self) -> ImageFiles:
         """The same files with their labels forgotten."""
-        return ImageFiles(self.root, self.paths, [], [])
+        return ImageFiles(self.roots, self.paths, [], [], self.domains)
+
+
+def joined(folders: Sequence[ImageFiles]) -> ImageFiles:
+    """The images of several folders, each a domain of its own; the classes are the same.
+
+    The folders take turns, so that the first images are of all of them: ``Trainer(overfit_batches=...)`` takes those.
+    """
+    if len(folders) == 1:
+        return folders[0]
+    turns = sorted((i, domain) for domain, files in enumerate(folders) for i in range(len(files)))
+    return ImageFiles(
+        roots=[root for files in folders for root in files.roots],
+        paths=[folders[domain].paths[i] for i, domain in turns],
+        labels=[folders[domain].labels[i] for i, domain in turns if folders[domain].labels],
+        classes=folders[0].classes,
+        domains=[domain for _, domain in turns],
+    )
 
 
 def _raise(error: OSError) -> None:
@@ -115,6 +135,24 @@ def class_names(folder: str | Path, flag: str) -> list[str]:
     return names
 
 
+def common_class_names(folders: Sequence[str], flag: str) -> list[str]:
+    """The class folders of one ImageFolder or of several with the same ones, sorted.
+
+    Raises:
+        ConfigurationError: as :func:`class_names`, or the classes of a folder differ from those of the first.
+    """
+    names = class_names(folders[0], flag)
+    for folder in folders[1:]:
+        own = class_names(folder, flag)
+        if own != names:
+            missing, extra = sorted(set(names) - set(own)), sorted(set(own) - set(names))
+            raise ConfigurationError(
+                f"Expected every folder of `{flag}` to hold the same classes, but under '{folder}' are missing: "
+                f"{_shortened(missing)}; and not under '{folders[0]}': {_shortened(extra)}."
+            )
+    return names
+
+
 def labelled_images(folder: str | Path, flag: str, classes: Sequence[str] | None = None) -> ImageFiles:
     """The images of an ImageFolder with their class indices.
 
@@ -151,7 +189,7 @@ def labelled_images(folder: str | Path, flag: str, classes: Sequence[str] | None
             f"Expected every class folder of `{flag}` to hold images, but found none in {_shortened(empty)} "
             f"under '{folder}'. Remove the folder or fill it."
         )
-    return ImageFiles(root, paths, labels, names)
+    return ImageFiles([root], paths, labels, names, [0] * len(paths))
 
 
 def unlabelled_images(folder: str | Path, flag: str) -> ImageFiles:
@@ -164,7 +202,7 @@ def unlabelled_images(folder: str | Path, flag: str) -> ImageFiles:
     paths = _images_below(root, flag)
     if not paths:
         raise _no_images(flag, folder)
-    return ImageFiles(root, paths, [], [])
+    return ImageFiles([root], paths, [], [], [0] * len(paths))
 
 
 def _no_images(flag: str, folder: str | Path) -> ConfigurationError:

@@ -96,7 +96,7 @@ class ImageFolderDataModule(ImageDataModule):
     def _read_parts(self, stage: str, classes: list[str]) -> None:
         train_folder, val_folder, test_folder = self._part("train"), self._part("val"), self._part("test")
         assert train_folder is not None
-        self.test_files = ImageFiles(train_folder, [], [], classes)
+        self.test_files = ImageFiles([train_folder], [], [], classes, [])
         if test_folder is not None:
             self.test_files = self._labelled(test_folder, classes)
         if stage == "test" or (stage == "predict" and self.test_files):

@@ -7,7 +7,7 @@ run that stops anywhere and resumes sees the batches, and the augmentations, of 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,16 +35,20 @@ class Draw(int):
 
 
 class StreamSampler(DistributedSampler[Any]):
-    """One endless stream of permutations of ``range(size)``, served as epochs of ``steps`` full batches.
+    """One endless stream of permutations of each of ``S`` domains, served as epochs of ``steps`` full batches.
 
-    The position is the run's batch counter and permutation ``k`` is a function of ``(seed, k)``. Rank ``r`` takes slice
-    ``r`` of each global batch, so what a step draws does not depend on the number of ranks. An epoch starts at the
-    counter, wherever that is, and may be left before its end: in mid-epoch after a resume, or where
+    Draw ``n`` of the stream is of domain ``n % S``, where it is draw ``n // S`` of that domain's own stream, one
+    permutation of its images after the other. So image ``i`` of every batch is of domain ``i % S``, and each domain has
+    the same share of it, however many images it holds. One domain is the case ``S = 1``.
+
+    The position is the run's batch counter and permutation ``k`` of a domain is a function of ``(seed, domain, k)``.
+    Rank ``r`` takes slice ``r`` of each global batch, so what a step draws does not depend on the number of ranks. An
+    epoch starts at the counter, wherever that is, and may be left before its end: in mid-epoch after a resume, or where
     ``limit_train_batches`` is a fraction. It is a ``DistributedSampler`` only so that Lightning leaves it alone.
 
     Args:
-        size: images in the domain.
-        batch_size: images per step and rank.
+        domains: the domain of each image of the dataset, from 0 to ``S - 1``; none is empty.
+        batch_size: images per step and rank, a multiple of ``S``.
         steps: batches in an epoch.
         seed: seed of the order.
         rank, world_size: this process and the number of processes.
@@ -52,9 +56,19 @@ class StreamSampler(DistributedSampler[Any]):
     """
 
     def __init__(
-        self, size: int, batch_size: int, steps: int, seed: int, rank: int, world_size: int, counter: Callable[[], int]
+        self,
+        domains: Sequence[int],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        counter: Callable[[], int],
     ) -> None:
-        self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
+        self.members: list[list[int]] = [[] for _ in range(max(domains) + 1)]
+        for index, domain in enumerate(domains):
+            self.members[domain].append(index)
+        self.batch_size, self.steps, self.seed = batch_size, steps, seed
         self.rank, self.world_size, self.counter = rank, world_size, counter
 
     def __len__(self) -> int:
@@ -63,20 +77,23 @@ class StreamSampler(DistributedSampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Nothing to do: Lightning's epoch can be one off after a resume, the batch counter never is."""
 
-    def _permutation(self, k: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + k)
-        return torch.randperm(self.size, generator=generator).tolist()
+    def _permutation(self, domain: int, k: int) -> list[int]:
+        members = self.members[domain]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + k * len(self.members) + domain)
+        return [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
 
     def __iter__(self) -> Iterator[Draw]:
         first = self.counter()
-        current, permutation = -1, []
+        current = [-1] * len(self.members)
+        permutations: list[list[int]] = [[]] * len(self.members)
         for batch in range(first, first + self.steps):
             start = (batch * self.world_size + self.rank) * self.batch_size
             for number in range(start, start + self.batch_size):
-                if number // self.size != current:
-                    current = number // self.size
-                    permutation = self._permutation(current)
-                yield Draw(permutation[number % self.size], number)
+                drawn, domain = divmod(number, len(self.members))
+                k, position = divmod(drawn, len(self.members[domain]))
+                if k != current[domain]:
+                    current[domain], permutations[domain] = k, self._permutation(domain, k)
+                yield Draw(permutations[domain][position], number)
 
 
 class SeededDraws(Dataset[Any]):

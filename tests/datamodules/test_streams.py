@@ -14,7 +14,7 @@ from framework.datamodules.streams import Draw, EvaluationShard, SeededDraws, St
 
 
 def stream(size: int, batch_size: int = 4, steps: int = 5, seed: int = 3, rank: int = 0, world: int = 1, at: int = 0):
-    return StreamSampler(size, batch_size, steps, seed, rank, world, lambda: at)
+    return StreamSampler([0] * size, batch_size, steps, seed, rank, world, lambda: at)
 
 
 def whole(size: int, length: int, seed: int = 3) -> list[int]:
@@ -62,7 +62,7 @@ def test_entering_anywhere_equals_the_uninterrupted_stream(start: int) -> None:
 
 def test_counter_is_read_where_an_epoch_starts() -> None:
     counter = 0
-    sampler = StreamSampler(9, 2, 3, 0, 0, 1, lambda: counter)
+    sampler = StreamSampler([0] * 9, 2, 3, 0, 0, 1, lambda: counter)
     first = [int(d) for d in sampler]
     counter = 3
     assert first + [int(d) for d in sampler] == whole(9, 12, seed=0)
