@@ -10,6 +10,7 @@ from framework.functional.kernels import FIVE_SCALES, gaussian_kernel_sum, mean_
 from framework.functional.mmd import MMDEstimator, biased_mmd, joint_mmd, linear_time_mmd, unbiased_mmd
 from framework.functional.precision import full_precision, full_precision_matmul
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
+from framework.functional.spectral import largest_squared_singular_values, nuclear_norm
 
 __all__ = [
     "FIVE_SCALES",
@@ -23,9 +24,11 @@ __all__ = [
     "gaussian_kernel_sum",
     "inverse_decay",
     "joint_mmd",
+    "largest_squared_singular_values",
     "linear_time_mmd",
     "marginal_entropy",
     "mean_squared_distance",
+    "nuclear_norm",
     "prediction_entropy",
     "reversal_coefficient",
     "reverse_gradient",
