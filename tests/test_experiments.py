@@ -30,6 +30,11 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
+def listed(folders: str | list[str]) -> list[str]:
+    """One folder or several, as a list."""
+    return [folders] if isinstance(folders, str) else folders
+
+
 def serves(path: Path) -> str:
     return str(read(path)["data"]["class_path"])
 
@@ -57,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, images: Callable[..., Path
     root = tmp_path_factory.mktemp("folders")
     for path in DATA:
         options = read(path)["data"]["init_args"]
-        named = [options[key] for key in FOLDERS if key in options]
+        named = [folder for key in FOLDERS if key in options for folder in listed(options[key])]
         named += [f"{options['root']}/{part}" for part in ("train", "test") if "root" in options]
         for number, folder in enumerate(dict.fromkeys(named)):
             images(root / folder, ["bird", "dog"], count=7, seed=number)
@@ -151,7 +156,7 @@ def test_the_digits_are_where_the_script_writes_them() -> None:
     known |= {f"{folder}/{part}" for folder in known for part in ("train", "test")}
     for path in DATA:
         options = read(path)["data"]["init_args"]
-        used = {value for key, value in options.items() if key in (*FOLDERS, "root")}
+        used = {folder for key, value in options.items() if key in (*FOLDERS, "root") for folder in listed(value)}
         digits = {folder for folder in used if folder.startswith(str(output))}
         assert digits <= known, path
         assert not digits or digits == used

@@ -73,6 +73,23 @@ def test_both_domains_once(domains: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert {tag: len(grids) for tag, grids in pictures(again.log_dir).items()} == {"train/source": 1, "train/target": 1}
 
 
+def test_a_grid_for_each_source_folder(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = [str(domains / "source"), str(domains / "target_test")]
+    data = DomainPairDataModule(
+        sources, str(domains / "target"), batch_size=10, steps_per_epoch=1, image_size=16, num_workers=0
+    )
+    first = FirstBatch()
+    trainer = Trainer(max_epochs=1, callbacks=first, enable_progress_bar=False, accelerator="cpu")
+    trainer.fit(DANN(3, backbone="resnet8"), data)
+    shown = pictures(trainer.log_dir)
+    assert set(shown) == {"train/source_0", "train/source_1", "train/target"}
+    for domain in (0, 1):
+        drawn = np.frombuffer(b"".join(cells(shown[f"train/source_{domain}"][0], 5)), dtype=np.uint8).astype(int)
+        wanted = b"".join(expected(first.batch.source.images[domain::2], data))
+        assert np.abs(drawn - np.frombuffer(wanted, dtype=np.uint8).astype(int)).max() <= 1
+
+
 def test_as_many_as_asked_for(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = ImageFolderDataModule(str(domains / "source"), batch_size=12, image_size=16, num_workers=0)
