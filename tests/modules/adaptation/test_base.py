@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from framework.datamodules import DomainPairDataModule
 from framework.errors import ConfigurationError
 from framework.functional import unbiased_mmd
 from framework.modules import DAN, DANN, SourceOnly
-from framework.networks import DomainSpecificBatchNorm
+from framework.networks import DomainSpecificBatchNorm, NetworkOutputs
 from framework.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {"backbone": "resnet8", "bottleneck_features": 16}
@@ -180,3 +181,59 @@ def test_classifier_without_bottleneck(domains: Path) -> None:
     assert isinstance(module.bottleneck, nn.Identity)
     assert module.num_features == 64
     trainer().fit(module, data(domains))
+
+
+def complaints(classes: int, batch: int, progress: float = 0.5, **means: float) -> list[str]:
+    module = SourceOnly(classes, **OPTIONS)
+    module.target_diagnostics(NetworkOutputs(torch.randn(batch, 2), torch.randn(batch, classes)))
+    return [key for key, _ in module.complaints({f"train/{name}": value for name, value in means.items()}, progress)]
+
+
+def test_collapsing_predictions_are_complained_about() -> None:
+    assert complaints(10, 64, target_marginal_entropy=math.log(3.2)) == ["collapse"]
+    assert complaints(10, 64, target_marginal_entropy=math.log(4.0)) == []
+    assert complaints(10, 64, progress=0.1, target_marginal_entropy=0.0) == []  # too early to say
+    # two classes, 9 to 1: so they may be
+    assert complaints(2, 64, target_marginal_entropy=-(0.9 * math.log(0.9) + 0.1 * math.log(0.1))) == []
+    assert complaints(2, 64, target_marginal_entropy=0.05) == ["collapse"]
+    # a batch of 32 cannot show more than 32 of 345 classes
+    assert complaints(345, 32, target_marginal_entropy=math.log(20.0)) == []
+    assert complaints(345, 32, target_marginal_entropy=math.log(5.0)) == ["collapse"]
+
+
+def test_an_unlearned_source_is_complained_about() -> None:
+    assert complaints(10, 64, classification_loss=2.2) == ["source"]
+    assert complaints(10, 64, classification_loss=1.5) == []
+    assert complaints(10, 64, progress=0.2, classification_loss=2.3) == []
+
+
+def test_complaints_are_shown_once(domains: Path, recwarn: pytest.WarningsRecorder) -> None:
+    frozen = {"learning_rate": 0.0, "backbone_learning_rate_factor": 0.0, "label_smoothing": 0.5}
+    trainer(log_every_n_steps=1, max_epochs=3).fit(DANN(3, **OPTIONS, **frozen), data(domains))
+    shown = [str(warning.message) for warning in recwarn if "the source is not learned" in str(warning.message)]
+    assert len(shown) == 1
+    assert shown[0].startswith("At batch ")
+    assert "of 15" in shown[0]
+    assert "`--model.trade_off`" in shown[0]
+
+
+def test_gradient_norms_of_the_alignment_alone(domains: Path) -> None:
+    """The logged norm is that of the weighted alignment loss where it reaches the features, without the
+    classification's."""
+
+    class Norms(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: DomainBatch, batch_idx: int) -> None:
+            state = {name: value.clone() for name, value in module.state_dict().items()}
+            features = module.bottleneck(module.backbone(torch.cat([batch.source.images, batch.target]))).detach()
+            module.load_state_dict(state)
+            parts = features[:4].requires_grad_(), features[4:].clone().requires_grad_()
+            gradients = torch.autograd.grad(0.7 * unbiased_mmd(*parts), parts)
+            self.expected = {d: float(g.norm()) for d, g in zip(("source", "target"), gradients, strict=True)}
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            kept = {name: float(value) for name, value in module._means._sums.items() if "alignment_grad" in name}
+            named = {f"train/alignment_gradient_norm/{domain}_features": v for domain, v in self.expected.items()}
+            assert kept == pytest.approx(named, rel=1e-3)
+
+    L.seed_everything(0, verbose=False)
+    trainer(callbacks=[Norms()], max_steps=1).fit(DAN(3, trade_off=0.7, **OPTIONS), data(domains))
