@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from framework.functional.classifier_discrepancy import class_balance, classifier_discrepancy
 from framework.functional.confusion import class_confusion
 from framework.functional.correlation_alignment import coral
 from framework.functional.entropy import marginal_entropy, prediction_entropy
 from framework.functional.gradient_reversal import reverse_gradient
 from framework.functional.kernels import FIVE_SCALES, gaussian_kernel_sum, mean_squared_distance, squared_distances
 from framework.functional.mmd import MMDEstimator, biased_mmd, joint_mmd, linear_time_mmd, unbiased_mmd
+from framework.functional.multilinear import multilinear_map, randomized_multilinear_map
 from framework.functional.precision import full_precision, full_precision_matmul
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
 from framework.functional.spectral import largest_squared_singular_values, nuclear_norm
@@ -16,7 +18,9 @@ __all__ = [
     "FIVE_SCALES",
     "MMDEstimator",
     "biased_mmd",
+    "class_balance",
     "class_confusion",
+    "classifier_discrepancy",
     "coral",
     "cosine_with_warmup",
     "full_precision",
@@ -28,8 +32,10 @@ __all__ = [
     "linear_time_mmd",
     "marginal_entropy",
     "mean_squared_distance",
+    "multilinear_map",
     "nuclear_norm",
     "prediction_entropy",
+    "randomized_multilinear_map",
     "reversal_coefficient",
     "reverse_gradient",
     "squared_distances",

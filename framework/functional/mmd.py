@@ -135,7 +135,7 @@ def joint_mmd(
     scales: Sequence[Sequence[float]] = (FIVE_SCALES, (1.0,)),
     bandwidths: Sequence[Tensor | float | None] = (None, 0.92**2),
 ) -> Tensor:
-    """The joint maximum mean discrepancy of several layers' outputs (Long et al. 2017, eq. 7 to 9).
+    """The joint maximum mean discrepancy of several layers' outputs (Long et al. 2017, sec. 3).
 
     The kernel of two images is the product over the layers of each layer's sum of Gaussian kernels: the mean embedding
     of the layers' joint distribution. The defaults are those of the published codes for features and the

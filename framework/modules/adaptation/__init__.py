@@ -1,26 +1,34 @@
 """Unsupervised domain adaptation: one method, one file."""
 
+from framework.modules.adaptation.afn import AFN
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.bnm import BNM
+from framework.modules.adaptation.bsp import BSP
 from framework.modules.adaptation.cdan import CDAN
 from framework.modules.adaptation.dan import DAN
 from framework.modules.adaptation.dann import DANN
 from framework.modules.adaptation.deep_coral import DeepCORAL
+from framework.modules.adaptation.information_maximization import InformationMaximization
 from framework.modules.adaptation.jan import JAN
 from framework.modules.adaptation.mcc import MCC
+from framework.modules.adaptation.mcd import MCD
 from framework.modules.adaptation.mdd import MDD
 from framework.modules.adaptation.source_only import SourceOnly
 
 __all__ = [
+    "AFN",
     "BNM",
+    "BSP",
     "CDAN",
     "DAN",
     "DANN",
     "JAN",
     "MCC",
+    "MCD",
     "MDD",
     "AlignmentLoss",
     "DeepCORAL",
     "DomainAdaptation",
+    "InformationMaximization",
     "SourceOnly",
 ]

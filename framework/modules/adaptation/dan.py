@@ -7,16 +7,15 @@ Gretton et al., "A Kernel Two-Sample Test", JMLR 2012.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from framework.errors import ConfigurationError
-from framework.functional import biased_mmd, linear_time_mmd, unbiased_mmd
+from framework.functional import MMDEstimator, biased_mmd, linear_time_mmd, unbiased_mmd
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
+from framework.modules.adaptation.batches import check_batch_sizes
 from framework.networks import NetworkOutputs
-
-Estimator = Literal["biased", "unbiased", "linear_time"]
 
 ESTIMATORS = {"biased": biased_mmd, "unbiased": unbiased_mmd, "linear_time": linear_time_mmd}
 
@@ -35,7 +34,7 @@ class MaximumMeanDiscrepancyLoss(AlignmentLoss):
     term = "dan"
 
     def __init__(
-        self, estimator: Estimator = "unbiased", kernel_scales: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)
+        self, estimator: MMDEstimator = "unbiased", kernel_scales: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)
     ) -> None:
         super().__init__()
         if estimator not in ESTIMATORS:
@@ -69,7 +68,7 @@ class DAN(DomainAdaptation):
         self,
         num_classes: int,
         *,
-        estimator: Estimator = "unbiased",
+        estimator: MMDEstimator = "unbiased",
         kernel_scales: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0),
         **options: Any,
     ) -> None:
@@ -80,16 +79,5 @@ class DAN(DomainAdaptation):
     def prepare_data(self) -> None:
         """Refuse batches that the estimator cannot take."""
         super().prepare_data()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        source, target = getattr(data, "batch_size", 2), getattr(data, "target_batch_size", None)
-        target = source if target is None else target
-        if self.estimator == "linear_time" and source != target:
-            raise ConfigurationError(
-                "Expected `--data.target_batch_size` to equal `--data.batch_size` for `--model.estimator linear_time`, "
-                f"but got {target} and {source}."
-            )
-        if min(source, target) < 2:
-            raise ConfigurationError(
-                "Expected at least two images of each domain in a batch, between which DAN measures distances, but got "
-                f"`--data.batch_size` {source} and `--data.target_batch_size` {target}."
-            )
+        linear_time = "--model.estimator linear_time" if self.estimator == "linear_time" else ""
+        check_batch_sizes(self, at_least=2, why="between which DAN measures distances", equal_for=linear_time)

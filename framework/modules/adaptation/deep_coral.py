@@ -26,8 +26,8 @@ class CorrelationAlignmentLoss(AlignmentLoss):
 
     Args:
         layer: what is aligned, ``logits`` (``d = K``; the paper's fc8) or ``features`` (``d = D``; DeepDA).
-        mean_weight: of the squared distance of the means, over ``d``; 0 in the paper, TLlib's form has it at a quarter
-            of four times the loss.
+        mean_weight: of the squared distance of the means, over ``d``, which the covariances do not see: 0 in the paper;
+            TLlib's loss is 4 times this one with 0.25.
     """
 
     term = "coral"
