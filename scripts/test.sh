@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests: makes or reuses the virtual environment and runs pytest, without the tests marked slow.
+# The tests: makes or reuses the virtual environment and runs pytest, without the tests marked slow, with a process for
+# each core.
 #   scripts/test.sh --all     all tests
 # Other arguments go to pytest. Runs from any folder; paths are the repository's.
 set -euo pipefail
@@ -23,6 +24,6 @@ else
 fi
 status=0
 # The longer spelling of the arrays: an empty one is an unbound variable to bash before 4.4.
-python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || status=$?
+python -m pytest -n auto --maxprocesses 8 --dist loadgroup ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || status=$?
 echo "The tests took $SECONDS s, the environment included"
 exit "$status"

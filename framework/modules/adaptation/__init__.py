@@ -1,6 +1,7 @@
 """Unsupervised domain adaptation: one method, one file."""
 
 from framework.modules.adaptation.afn import AFN
+from framework.modules.adaptation.alignment_sum import AlignmentSum
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.bnm import BNM
 from framework.modules.adaptation.bsp import BSP
@@ -8,6 +9,7 @@ from framework.modules.adaptation.cdan import CDAN
 from framework.modules.adaptation.dan import DAN
 from framework.modules.adaptation.dann import DANN
 from framework.modules.adaptation.deep_coral import DeepCORAL
+from framework.modules.adaptation.dsan import DSAN
 from framework.modules.adaptation.information_maximization import InformationMaximization
 from framework.modules.adaptation.jan import JAN
 from framework.modules.adaptation.mcc import MCC
@@ -22,11 +24,13 @@ __all__ = [
     "CDAN",
     "DAN",
     "DANN",
+    "DSAN",
     "JAN",
     "MCC",
     "MCD",
     "MDD",
     "AlignmentLoss",
+    "AlignmentSum",
     "DeepCORAL",
     "DomainAdaptation",
     "InformationMaximization",

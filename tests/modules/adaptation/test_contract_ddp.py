@@ -17,6 +17,8 @@ import torch
 
 METHODS = [method.__name__ for method in contract.methods()]
 
+pytestmark = pytest.mark.xdist_group("ddp")  # in one process, which runs the job once
+
 
 @pytest.fixture(scope="module")
 def job(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, bool]]]:
