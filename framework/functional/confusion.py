@@ -10,7 +10,7 @@ from framework.functional.precision import full_precision, full_precision_matmul
 
 @full_precision
 def class_confusion(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """The class confusion of a batch, each row a distribution (Jin et al. 2020, sec. 3.2 and 3.3).
+    """The class confusion of a batch, each row a distribution (Jin et al. 2020, section 3).
 
     With ``P = softmax(logits / temperature)`` and ``H`` the entropies of its rows, image ``i`` weighs ``w_i = N (1 +
     exp(-H_i)) / sum over j of (1 + exp(-H_j))``: the certain ones count up to twice as much as the uncertain ones, and

@@ -32,7 +32,7 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
     """
     with torch.no_grad():
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        gradient = left @ right
+        gradient: Tensor = left @ right
     return (matrix * gradient).sum()
 
 

@@ -14,7 +14,7 @@ from framework.functional import class_confusion
 
 
 def by_loops(logits: Tensor, temperature: float) -> Tensor:
-    """Jin et al. 2020, eq. 4 (temperature), 5 and 6 (weights), 7 (confusion), 8 (rows)."""
+    """Jin et al. 2020: temperature, weights, confusion, rows."""
     images, classes = logits.shape
     probabilities = []
     for row in logits.tolist():

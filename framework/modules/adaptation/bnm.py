@@ -20,7 +20,7 @@ Normalization = Literal["batch", "min_batch_classes"]
 
 
 class BatchNuclearNormLoss(AlignmentLoss):
-    """Minus the nuclear norm of the target's probabilities ``[M, K]`` over the batch size (Cui 2020, eq. 10).
+    """Minus the nuclear norm of the target's probabilities ``[M, K]`` over the batch size (Cui 2020).
 
     It asks nothing of the source. The norm is large where rows are certain (as the Frobenius norm) and where they are
     not all of one class (as the rank). Diagnostics: ``relative_nuclear_norm``, the norm over the largest one that a

@@ -16,14 +16,14 @@ from framework.networks import NetworkOutputs
 
 
 class MinimumClassConfusionLoss(AlignmentLoss):
-    """Mean confusion between different classes in the target's predictions (Jin 2020, eq. 4 to 8).
+    """Mean confusion between different classes in the target's predictions (Jin 2020, section 3).
 
     It asks nothing of the source: the domains are not aligned, target predictions are made unambiguous class by class.
     Diagnostics: ``class_confusion``, the loss itself (``1 - 1 / K`` where all predictions are uniform, 0 where none is
     ambiguous), and ``target_entropy``, the mean entropy of the predictions in nats, without the temperature.
 
     Args:
-        temperature: of the softmax (eq. 4), against overconfidence: 2.5 in the paper.
+        temperature: of the softmax, against overconfidence: 2.5 in the paper.
     """
 
     term = "mcc"
