@@ -31,7 +31,7 @@ def test_value_against_a_loop(weighting: Any, factor: float) -> None:
     for domain, label in ((source, 1), (target, 0)):
         losses = []
         for row in domain.features:
-            probability = 1 / (1 + math.exp(-float(alignment.discriminator(row[None]))))
+            probability = 1 / (1 + math.exp(-alignment.discriminator(row[None]).item()))
             losses.append(-math.log(probability if label == 1 else 1 - probability))
         total += sum(losses) / len(losses)
     value = alignment(source, target, torch.tensor(0.5))
@@ -86,11 +86,120 @@ def test_the_default_discriminator_can_tell_domains_apart() -> None:
     assert gradient.abs().max() > 1e-5
 
 
-def test_bad_values_name_the_flag() -> None:
-    with pytest.raises(ConfigurationError, match=r"--model\.domain_weighting"):
-        DANN(3, backbone="resnet8", domain_weighting="half")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match=r"--model\.reversal_gamma"):
-        DANN(3, backbone="resnet8", reversal_gamma=-1.0)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("domain_weighting", "half"),
+        ("discriminator_features", 0),
+        ("discriminator_normalization", "layer"),
+        ("source_label", 2),
+        ("reversal_schedule", "cosine"),
+        ("reversal_gamma", -1.0),
+        ("reversal_maximum", -1.0),
+    ],
+)
+def test_bad_values_name_the_flag(option: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"--model\.{option}"):
+        DANN(3, backbone="resnet8", **{option: value})
+
+
+# ---------------------------------------------------------------------- label convention
+def test_the_other_label_convention_is_the_mirror_image() -> None:
+    """A discriminator whose last layer has the other sign, trained with the other labels, is its mirror for ever."""
+    torch.manual_seed(0)
+    first, second = loss(source_label=1), loss(source_label=0)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        for parameter in second.discriminator[-1].parameters():
+            parameter.neg_()
+    optimizers = [torch.optim.SGD(alignment.parameters(), lr=0.5, momentum=0.9) for alignment in (first, second)]
+    for _ in range(5):
+        source, target, progress = outputs(5), outputs(9, 1.0), torch.tensor(0.3)
+        gradients = []
+        for alignment, optimizer in zip((first, second), optimizers, strict=True):
+            optimizer.zero_grad()
+            source.features.grad = target.features.grad = None
+            alignment(source, target, progress).backward()
+            optimizer.step()
+            gradients.append((source.features.grad, target.features.grad))
+        for left, right in zip(*gradients, strict=True):  # the features learn the same
+            torch.testing.assert_close(left, right)
+        for name, value in first.diagnostics.items():
+            torch.testing.assert_close(second.diagnostics[name], value)
+    names = dict(first.discriminator.named_parameters())
+    for (name, left), right in zip(names.items(), second.discriminator.parameters(), strict=True):
+        torch.testing.assert_close(-left if name.startswith("4") else left, right)
+
+
+def test_label_1_is_the_source_by_default() -> None:
+    alignment = loss()
+    with torch.no_grad():
+        for parameter in alignment.discriminator[-1].parameters():
+            parameter.zero_()
+        alignment.discriminator[-1].bias.fill_(3.0)  # it says "label 1" to everything
+    alignment(outputs(5), outputs(9), torch.tensor(0.5))
+    assert alignment.diagnostics["domain_accuracy"] == 0.5
+    target_says_source = alignment(outputs(5), outputs(9), torch.tensor(0.5)).item()
+    assert target_says_source == pytest.approx(math.log1p(math.exp(-3)) + math.log1p(math.exp(3)))
+
+
+# ---------------------------------------------------------------------- schedules and discriminators
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("sigmoid", [0.0, 2 / (1 + math.exp(-2.5)) - 1, 0.99991]), ("linear", [0.0, 0.25, 1.0]), ("constant", [1.0] * 3)],
+)
+def test_reversal_schedules(schedule: Any, expected: list[float]) -> None:
+    alignment, source, target = loss(reversal_schedule=schedule, reversal_maximum=0.3), outputs(5), outputs(5)
+    reference = loss(reversal_schedule="constant")
+    reference.load_state_dict(alignment.state_dict())
+    plain = torch.autograd.grad(reference(source, target, torch.tensor(0.0)), source.features)[0]
+    for progress, coefficient in zip([0.0, 0.25, 1.0], expected, strict=True):
+        value = alignment(source, target, torch.tensor(progress))
+        assert float(alignment.diagnostics["reversal_coefficient"]) == pytest.approx(0.3 * coefficient, abs=1e-5)
+        gradient = torch.autograd.grad(value, source.features)[0]
+        torch.testing.assert_close(gradient, 0.3 * coefficient * plain, rtol=1e-4, atol=1e-9)
+
+
+def test_dropout_discriminator_draws_in_training_only() -> None:
+    alignment = DomainAdversarialLoss(6, hidden_features=8, normalization="dropout").double()
+    source, target, progress = outputs(5), outputs(5), torch.tensor(0.5)
+    assert alignment(source, target, progress) != alignment(source, target, progress)
+    alignment.eval()
+    assert alignment(source, target, progress) == alignment(source, target, progress)
+
+
+def test_order_of_images_does_not_matter() -> None:
+    alignment, source, target = loss(), outputs(6), outputs(4, 1.0)
+    mixed = NetworkOutputs(source.features[torch.randperm(6)], source.logits)
+    torch.testing.assert_close(
+        alignment(mixed, target, torch.tensor(0.5)), alignment(source, target, torch.tensor(0.5))
+    )
+
+
+# ---------------------------------------------------------------------- complaints
+def complaints(progress: float = 0.3, **means: float) -> list[tuple[str, str]]:
+    return list(loss().complaints({f"train/{name}": value for name, value in means.items()}, progress))
+
+
+def test_complains_about_a_saturated_discriminator() -> None:
+    ((key, sentence),) = complaints(domain_accuracy=0.996, reversal_coefficient=0.9)
+    assert key == "saturated"
+    assert "99.6%" in sentence
+    for words in (
+        "`train/domain_accuracy`",
+        "`--model.trade_off`",
+        "`--model.reversal_maximum`",
+        "`--model.discriminator_normalization dropout`",
+        "`--model.discriminator_features`",
+    ):
+        assert words in sentence
+
+
+def test_does_not_complain_about_a_healthy_one_nor_before_it_is_time() -> None:
+    assert not complaints(domain_accuracy=0.98, reversal_coefficient=0.9)
+    assert not complaints(progress=0.1, domain_accuracy=1.0, reversal_coefficient=0.9)
+    assert not complaints(domain_accuracy=1.0, reversal_coefficient=0.05)
+    assert not complaints()
 
 
 def test_it_helps_on_a_toy() -> None:
