@@ -392,6 +392,61 @@ def test_the_trained_network_is_tested(run: Path, command: Callable[[str], int])
     assert accuracy(run.parent / "version_1") == accuracy(run)
 
 
+# ---------------------------------------------------------------------- several source folders
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data.source '[{d}/source, {d}/target_test]'",
+        "--data.source {d}/source --data.source+={d}/target_test",
+        "--data.source+={d}/source --data.source+={d}/target_test",
+        "--config one.yaml --data.source+={d}/target_test",
+        "--config two.yaml",
+    ],
+)
+def test_several_sources_from_flags_and_files(
+    flags: str, resolved: Callable[[str], dict[str, Any]], domains: Path, tmp_path: Path
+) -> None:
+    sources = [f"{domains}/source", f"{domains}/target_test"]
+    for name, source in (("one", sources[0]), ("two", sources)):
+        write(tmp_path, **{name: {"data": {"class_path": "DomainPairDataModule", "init_args": {"source": source}}}})
+    target = f" --data.target {domains}/target"
+    first = "" if "--config" in flags else "--data DomainPairDataModule "
+    assert resolved("fit " + MODEL + first + flags + target)["data"]["init_args"]["source"] == sources
+    one = resolved("fit " + MODEL + first + flags + target + f" --data.source {domains}/source")
+    assert one["data"]["init_args"]["source"] == f"{domains}/source"  # a flag without the plus replaces them all
+
+
+def test_a_run_with_several_sources(
+    command: Callable[[str], int], domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [str(domains / "source"), str(domains / "target_test")]
+    data = {"class_path": "DomainPairDataModule", "init_args": {"source": sources, "source_val": sources}}
+    write(tmp_path, two={"data": data})
+    once = TRAINER.replace("limit_train_batches 3", "limit_train_batches 1").replace("max_epochs 2", "max_epochs 1")
+    options = DATA.replace("--data.source {d}/source", "").replace("--data DomainPairDataModule", "")
+    by_flag = "--data DomainPairDataModule --data.source '[{d}/source, {d}/target_test]' "
+    assert command("fit --config two.yaml " + MODEL + options + once + "--trainer.experiment file") == 0
+    by_flag += "--data.source_val+={d}/source --data.source_val+={d}/target_test "
+    assert command("fit " + MODEL + by_flag + options + once + "--trainer.experiment flags") == 0
+    run, same = (tmp_path / "lightning_logs" / name / "version_0" for name in ("file", "flags"))
+    assert rows(run) == rows(same)
+
+    # one step more, from the checkpoint, and two at once: the same
+    assert command(f"fit --run {run} --trainer.max_epochs 2") == 0
+    twice = once.replace("max_epochs 1", "max_epochs 2")
+    assert command("fit --config two.yaml " + MODEL + options + twice + "--trainer.experiment whole") == 0
+    whole = tmp_path / "lightning_logs" / "whole" / "version_0"
+    resumed, uninterrupted = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, whole))
+    assert resumed["DomainPairDataModule"] == uninterrupted["DomainPairDataModule"]
+    assert resumed["DomainPairDataModule"]["sources"] == [str(Path(folder).resolve()) for folder in sources]
+    for name, value in uninterrupted["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    assert command(f"test --run {run}") == 0
+    capsys.readouterr()
+    assert command(f"fit --run {run} --trainer.max_epochs 3 --data.source {domains}/source") == 2
+    assert "`--data.source` to name as many folders as in the run" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------- start
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_light_start(argument: str) -> None:

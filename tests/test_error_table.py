@@ -145,6 +145,42 @@ DATA = {
     "no class folders": ("fit " + PAIR + "--data.source {w}/flat", "`--data.source`.*two classes", "found 0.*/flat'"),
     "empty class": ("fit " + PAIR + "--data.source {w}/empty_class", "`--data.source`", "none in 'cat'"),
     "no images": ("fit " + PAIR + "--data.source {w}/no_images", "`--data.source` to hold images", "/no_images'"),
+    "no source folder": ("fit " + PAIR + "--data.source []", "`--data.source`", "an empty list"),
+    "number for a source folder": ("fit " + PAIR + "--data.source [a,12]", "`--data.source` to be a text", "'12'"),
+    "source folder twice": (
+        "fit " + PAIR + "--data.source+={d}/source/",
+        "`--data.source` to name each folder once",
+        "/source/', which is '.*/source' again",
+    ),
+    "sources do not share a batch": (
+        "fit " + PAIR + "--data.source+={d}/target_test --data.batch_size 5",
+        "`--data.batch_size` to be a multiple of 2, the folders of `--data.source`",
+        "got 5. Take 4 or 6",
+    ),
+    "second source missing": ("fit " + PAIR + "--data.source+={w}/none", "`--data.source`", "/none' does not exist"),
+    "second source of other classes": (
+        "fit " + PAIR + "--data.source+={w}/other_classes",
+        "every folder of `--data.source` to hold the same classes",
+        "/other_classes' are missing: 'cat'",
+        "not under '.*/source': 'dog'",
+    ),
+    "second source with an empty class": (
+        "fit " + PAIR + "--data.source+={w}/empty_class",
+        "`--data.source`",
+        "none in 'cat' under '.*/empty_class'",
+    ),
+    "corrupt file in the second source": (
+        "fit " + PAIR + "--data.source+={w}/corrupt",
+        "`--data.source`",
+        "1 of 39",
+        "corrupt/bee/3.png",
+    ),
+    "second source smaller than its share": (
+        "fit " + PAIR + "--data.source+={d}/target_test --data.batch_size 32 --data.target_batch_size 4",
+        "every folder of `--data.source` to hold its share of a batch, 16 of `--data.batch_size` = 32",
+        "15 training images are under '.*/target_test'",
+        "Lower `--data.batch_size` or `--data.val_fraction`",
+    ),
     "target empty": ("fit " + PAIR + "--data.target {w}/empty", "`--data.target` to hold images", "/empty'"),
     "corrupt PNG": ("fit " + PAIR + "--data.source {w}/corrupt", "`--data.source`", "1 of 39", "bee/3.png"),
     "truncated JPEG": ("fit " + PAIR + "--data.target {w}/truncated", "`--data.target`", "1 of 9", "long.jpg"),
@@ -252,7 +288,10 @@ MODEL = {
         "`--data.target_batch_size` to equal `--data.batch_size`",
         "5 and 4",
     ),
-    "width below one": ("fit " + PAIR + "--model.discriminator_features 0", "at least 1, but got 0", "DANN"),
+    "width below one": (
+        "fit " + PAIR + "--model.discriminator_features 0",
+        "`--model.discriminator_features` to be at least 1.*got 0",
+    ),
 }
 
 RUN = {
@@ -284,6 +323,10 @@ RUN = {
         "--trainer.max_epochs 2 --seed_everything 5",
         "`--seed_everything 0`",
         "got 5",
+    ),
+    "another number of sources": (
+        "fit --run {r}/lightning_logs/default/version_0 --trainer.max_epochs 2 --data.source+={d}/target_test",
+        "`--data.source` to name as many folders as in the run of the checkpoint, 1, but got 2",
     ),
     "shorter than it is": (
         "fit --run {r}/lightning_logs/default/version_0 --trainer.max_epochs 0",
