@@ -13,9 +13,11 @@ from framework.functional.multilinear import multilinear_map, randomized_multili
 from framework.functional.precision import full_precision, full_precision_matmul
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
 from framework.functional.spectral import largest_squared_singular_values, nuclear_norm
+from framework.functional.subdomain_mmd import CountedClasses, local_mmd
 
 __all__ = [
     "FIVE_SCALES",
+    "CountedClasses",
     "MMDEstimator",
     "biased_mmd",
     "class_balance",
@@ -30,6 +32,7 @@ __all__ = [
     "joint_mmd",
     "largest_squared_singular_values",
     "linear_time_mmd",
+    "local_mmd",
     "marginal_entropy",
     "mean_squared_distance",
     "multilinear_map",

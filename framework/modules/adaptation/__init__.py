@@ -1,11 +1,13 @@
 """Unsupervised domain adaptation: one method, one file."""
 
+from framework.modules.adaptation.ada_bn import AdaBN
 from framework.modules.adaptation.afn import AFN
 from framework.modules.adaptation.alignment_sum import AlignmentSum
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.bnm import BNM
 from framework.modules.adaptation.bsp import BSP
 from framework.modules.adaptation.cdan import CDAN
+from framework.modules.adaptation.daan import DAAN
 from framework.modules.adaptation.dan import DAN
 from framework.modules.adaptation.dann import DANN
 from framework.modules.adaptation.deep_coral import DeepCORAL
@@ -22,6 +24,7 @@ __all__ = [
     "BNM",
     "BSP",
     "CDAN",
+    "DAAN",
     "DAN",
     "DANN",
     "DSAN",
@@ -29,6 +32,7 @@ __all__ = [
     "MCC",
     "MCD",
     "MDD",
+    "AdaBN",
     "AlignmentLoss",
     "AlignmentSum",
     "DeepCORAL",

@@ -92,10 +92,9 @@ class JointMaximumMeanDiscrepancyLoss(AlignmentLoss):
         )
         self.diagnostics = {"joint_mmd": mmd.detach(), "ramp": ramp}
         if self.maps:
-            moved = [
-                (m.detach() - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().mean() for m in self.maps
-            ]
-            self.diagnostics["adversary"] = torch.stack([len(m) * x for m, x in zip(self.maps, moved)]).mean().sqrt()
+            maps = [matrix.detach() for matrix in self.maps]
+            moved = [(m - torch.eye(len(m), dtype=m.dtype, device=m.device)).square().sum() / len(m) for m in maps]
+            self.diagnostics["adversary"] = torch.stack(moved).mean().sqrt()
         return ramp * mmd
 
     def _layers(self, outputs: NetworkOutputs) -> list[Tensor]:
