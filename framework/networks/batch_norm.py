@@ -1,4 +1,7 @@
-"""Domain-specific batch normalisation (Chang et al., CVPR 2019, arXiv:1906.03950)."""
+"""Domain-specific batch normalisation (Chang et al., CVPR 2019, arXiv:1906.03950).
+
+With shared weights only the statistics are each domain's own, as in AdaBN (Li et al. 2016, arXiv:1603.04779).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ class DomainSpecificBatchNorm(nn.Module):
 
     Shapes are those of ``original``. Both start as copies of it, so that pretrained weights carry over to both.
 
+    Args:
+        original: what is copied.
+        share_weights: give both the same scale and shift; the ``state_dict`` then names these twice.
+
     Attributes:
         source: the batch norm of the source domain.
         target: the batch norm of the target domain.
@@ -25,10 +32,12 @@ class DomainSpecificBatchNorm(nn.Module):
             and export use the target's. Not part of the ``state_dict``.
     """
 
-    def __init__(self, original: _BatchNorm) -> None:
+    def __init__(self, original: _BatchNorm, share_weights: bool = False) -> None:
         super().__init__()
         self.source = copy.deepcopy(original)
         self.target = copy.deepcopy(original)
+        if share_weights:
+            self.target.weight, self.target.bias = self.source.weight, self.source.bias
         self.training = original.training
         self.domain: Domain = "target"
 
@@ -37,23 +46,24 @@ class DomainSpecificBatchNorm(nn.Module):
         return normalized
 
 
-def convert_domain_specific(module: nn.Module) -> nn.Module:
+def convert_domain_specific(module: nn.Module, share_weights: bool = False) -> nn.Module:
     """Replace every batch norm in ``module`` by a :class:`DomainSpecificBatchNorm`, in place.
 
-    Returns ``module``, or its replacement if it is itself a batch norm. A second call changes nothing. A batch norm
-    that is used in several places stays one. Build the optimizer afterwards: the parameters are new.
+    With ``share_weights`` the domains' norms differ in their statistics alone. Returns ``module``, or its replacement
+    if it is itself a batch norm. A second call changes nothing. A batch norm that is used in several places stays one.
+    Build the optimizer afterwards: the parameters are new.
     """
-    return _convert(module, {})
+    return _convert(module, share_weights, {})
 
 
-def _convert(module: nn.Module, converted: dict[nn.Module, nn.Module]) -> nn.Module:
+def _convert(module: nn.Module, share_weights: bool, converted: dict[nn.Module, nn.Module]) -> nn.Module:
     if isinstance(module, DomainSpecificBatchNorm):
         return module
     if isinstance(module, _BatchNorm):
-        return converted.setdefault(module, DomainSpecificBatchNorm(module))
+        return converted.setdefault(module, DomainSpecificBatchNorm(module, share_weights))
     for name, child in module._modules.items():  # named_children() would skip the second use of a shared module
         if child is not None:
-            module._modules[name] = _convert(child, converted)
+            module._modules[name] = _convert(child, share_weights, converted)
     return module
 
 

@@ -121,6 +121,55 @@ def test_shared_and_frozen_norms_stay_shared_and_frozen():
     assert all(not parameter.requires_grad for parameter in network[0].parameters())
 
 
+def test_shared_weights_are_one_parameter_with_two_statistics():
+    torch.manual_seed(0)
+    plain = resnet8(5)
+    network = convert_domain_specific(copy.deepcopy(plain), share_weights=True)
+    norms = [module for module in network.modules() if isinstance(module, DomainSpecificBatchNorm)]
+    assert all(norm.source.weight is norm.target.weight and norm.source.bias is norm.target.bias for norm in norms)
+    # an optimizer gets each once
+    assert len(list(network.parameters())) == len(list(plain.parameters()))
+    images = {"source": torch.randn(4, 3, 16, 16), "target": 2 * torch.randn(4, 3, 16, 16) + 1}
+    for domain in ("source", "target"):
+        select_domain(network, domain)
+        expected = copy.deepcopy(plain)(images[domain])
+        torch.testing.assert_close(network(images[domain]), expected)
+    assert all((norm.source.running_mean != norm.target.running_mean).any() for norm in norms)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "double", "load_state_dict", "pickle"])
+def test_shared_weights_stay_shared(how, tmp_path):
+    norm = convert_domain_specific(trained_norm(nn.BatchNorm1d), share_weights=True)
+    norm.target.running_mean.fill_(7)
+    if how == "deepcopy":
+        other = copy.deepcopy(norm)
+    elif how == "double":
+        other = copy.deepcopy(norm).double()
+    elif how == "pickle":
+        torch.save(norm, tmp_path / "norm.pt")
+        other = torch.load(tmp_path / "norm.pt", weights_only=False)
+    else:
+        other = convert_domain_specific(nn.BatchNorm1d(3), share_weights=True)
+        other.load_state_dict(norm.state_dict(), strict=True)
+    assert other.source.weight is other.target.weight
+    assert other.source.weight is not norm.source.weight
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, check_dtype=False)
+    # one step of an optimizer moves both
+    inputs = torch.randn(8, 3).to(other.source.weight.dtype)
+    before = other.target.weight.detach().clone()
+    select_domain(other, "source")
+    other(inputs).square().sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert not torch.equal(other.target.weight, before)
+
+
+def test_norms_without_weights_can_be_shared():
+    norm = convert_domain_specific(nn.BatchNorm1d(3, affine=False), share_weights=True)
+    assert list(norm.parameters()) == []
+    norm(torch.randn(4, 3))
+
+
 def test_compile_follows_the_domain():
     network = convert_domain_specific(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).eval()
     network[1].source.running_mean.fill_(5)
