@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from framework.functional.central_moments import central_moment_discrepancies
 from framework.functional.classifier_discrepancy import class_balance, classifier_discrepancy
 from framework.functional.confusion import class_confusion
 from framework.functional.correlation_alignment import coral
@@ -20,6 +21,7 @@ __all__ = [
     "CountedClasses",
     "MMDEstimator",
     "biased_mmd",
+    "central_moment_discrepancies",
     "class_balance",
     "class_confusion",
     "classifier_discrepancy",

@@ -7,6 +7,7 @@ from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.bnm import BNM
 from framework.modules.adaptation.bsp import BSP
 from framework.modules.adaptation.cdan import CDAN
+from framework.modules.adaptation.cmd import CMD
 from framework.modules.adaptation.daan import DAAN
 from framework.modules.adaptation.dan import DAN
 from framework.modules.adaptation.dann import DANN
@@ -24,6 +25,7 @@ __all__ = [
     "BNM",
     "BSP",
     "CDAN",
+    "CMD",
     "DAAN",
     "DAN",
     "DANN",
