@@ -50,4 +50,5 @@ def central_moment_discrepancies(source: Tensor, target: Tensor, moments: int = 
         source_power, target_power = source_power * source, target_power * target
         differences.append(source_power.mean(0) - target_power.mean(0))
     # a gradient of 0, not NaN, where a norm is 0
-    return torch.linalg.vector_norm(torch.stack(differences), dim=1)
+    terms: Tensor = torch.linalg.vector_norm(torch.stack(differences), dim=1)
+    return terms

@@ -90,8 +90,8 @@ def test_bad_values_name_the_flag() -> None:
         CMD(3, backbone="resnet8", activation="relu")  # type: ignore[arg-type]
 
 
-def shifted_accuracy(loss: CentralMomentDiscrepancyLoss | None, seed: int, trade_off: float = 1.0) -> float:
-    """Target accuracy on a toy whose best dimension is shifted in the target, so that only the other one serves both."""
+def shifted_accuracy(loss: CentralMomentDiscrepancyLoss | None, seed: int) -> float:
+    """Target accuracy on a toy whose best dimension is shifted in the target: only the other one serves both."""
     generator = torch.Generator().manual_seed(seed)
 
     def sample(domain: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,13 +102,13 @@ def shifted_accuracy(loss: CentralMomentDiscrepancyLoss | None, seed: int, trade
     torch.manual_seed(seed)
     features, head = torch.nn.Linear(2, 16), torch.nn.Linear(16, 2)
     optimizer = torch.optim.SGD([*features.parameters(), *head.parameters()], lr=0.02, momentum=0.9)
-    for _ in range(300):
-        (values, labels), (target_values, target_labels) = sample("source"), sample("target")
+    for _ in range(150):
+        (values, labels), (target_values, _) = sample("source"), sample("target")
         hidden = features(torch.cat([values, target_values]))
         source, target = NetworkOutputs(hidden, head(hidden)).split(64)
         total = torch.nn.functional.cross_entropy(source.logits, labels)
         if loss:
-            total = total + trade_off * loss(source, target, NOW)
+            total = total + loss(source, target, NOW)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -120,15 +120,5 @@ def test_it_helps_where_moments_are_shifted() -> None:
     # not on the contract's toys: turned, or with noise in place of a class, their features' moments differ little
     source_only = [shifted_accuracy(None, seed) for seed in range(2)]
     adapted = [shifted_accuracy(CentralMomentDiscrepancyLoss(), seed) for seed in range(2)]
-    print(
-        source_only,
-        adapted,
-        [
-            shifted_accuracy(CentralMomentDiscrepancyLoss(5, a), seed, t)
-            for seed in range(3)
-            for a in ("sigmoid", "tanh")
-            for t in (0.3, 1, 3)
-        ],
-    )
     assert max(source_only) < 0.8
     assert min(adapted) > 0.95
