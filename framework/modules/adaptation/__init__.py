@@ -1,6 +1,7 @@
 """Unsupervised domain adaptation: one method, one file."""
 
 from framework.modules.adaptation.ada_bn import AdaBN
+from framework.modules.adaptation.adda import ADDA
 from framework.modules.adaptation.afn import AFN
 from framework.modules.adaptation.alignment_sum import AlignmentSum
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
@@ -21,6 +22,7 @@ from framework.modules.adaptation.mdd import MDD
 from framework.modules.adaptation.source_only import SourceOnly
 
 __all__ = [
+    "ADDA",
     "AFN",
     "BNM",
     "BSP",
