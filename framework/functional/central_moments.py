@@ -12,7 +12,7 @@ from framework.functional.precision import full_precision
 
 @full_precision
 def central_moment_discrepancies(source: Tensor, target: Tensor, moments: int = 5, length: float = 1.0) -> Tensor:
-    """The terms of the central moment discrepancy (Zellinger et al. 2017, definition 2), whose sum it is.
+    """The terms of the central moment discrepancy (Zellinger et al. 2017, sec. 3), whose sum it is.
 
     The first is ``|E x - E y|_2 / length``, the k-th ``|c_k(x) - c_k(y)|_2 / length^k`` with the central moments
     ``c_k(x) = E (x - E x)^k`` of each feature by itself. Every term of activations in an interval of this length is at

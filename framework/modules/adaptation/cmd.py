@@ -19,7 +19,7 @@ LENGTHS = {"sigmoid": 1.0, "tanh": 2.0, "none": 1.0}
 
 
 class CentralMomentDiscrepancyLoss(AlignmentLoss):
-    """Distance of the mean and of the central moments of the activated features (Zellinger 2017, eq. 4).
+    """Distance of the mean and of the central moments of the activated features (Zellinger 2017, section 3).
 
     The discrepancy is defined for activations in an interval, which the paper's sigmoid layer has and a bottleneck's
     output has not. So the loss, and it alone, sees the features through a bounded activation; the head does not.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contract import toy_accuracy
+from contract import build_data, toy_accuracy
 
 from framework.errors import ConfigurationError
 from framework.functional import joint_mmd
 from framework.modules import JAN
 from framework.modules.adaptation.jan import JointMaximumMeanDiscrepancyLoss
 from framework.networks import NetworkOutputs
+from framework.trainer import Trainer
 
 END, EARLY = torch.tensor(1.0), torch.tensor(0.1)
 
@@ -120,6 +122,13 @@ def test_bad_values_name_the_flag() -> None:
     ):
         with pytest.raises(ConfigurationError, match=rf"--model\.{option}"):
             JAN(3, backbone="resnet8", **{option: value})
+
+
+def test_linear_time_needs_equal_batches(domains: Path) -> None:
+    module = JAN(3, backbone="resnet8", estimator="linear_time")
+    trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"`--data\.target_batch_size` .*linear_time`, but got 3 and 4"):
+        trainer.fit(module, build_data(domains, target_batch_size=3))
 
 
 @pytest.mark.parametrize(("shift", "adversarial"), [("noise", False), ("rotation", False), ("rotation", True)])
