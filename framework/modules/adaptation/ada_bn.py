@@ -58,7 +58,7 @@ class AdaBN(DomainAdaptation):
 
     def training_step(self, batch: DomainBatch, batch_idx: int) -> Tensor | None:
         """Classification on the source; the target's forward only updates its statistics."""
-        # the source first: autocast keeps a weight's cast copy, and one made without a gradient would cut the source's
+        # the source first, so that its dropout draws what it does without a target
         source = self.outputs_in("source", batch.source.images)
         loss = self.classification_loss(source.logits, batch.source.labels)
         with torch.no_grad():

@@ -92,7 +92,7 @@ def test_no_gradient_from_the_target() -> None:
 
 
 def test_weights_learn_under_autocast() -> None:
-    """A forward without gradients that came first would leave cast weights without gradients in autocast's cache."""
+    """The target's forward, without gradients, shares autocast's cache of cast weights with the source's."""
     module = AdaBN(3, backbone="resnet8")
     with torch.autocast("cpu", torch.bfloat16):
         loss = step(module, images(), images(1.0))
