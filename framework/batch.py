@@ -13,12 +13,13 @@ class LabelledBatch(NamedTuple):
     Attributes:
         images: shape ``[N, 3, H, W]``; uint8 on the way, normalised floats once on the device.
         labels: class indices, shape ``[N]``.
-        domains: which of several source folders each image is from, shape ``[N]``; None where that is not said.
+        domains: which of several source folders each image is from, shape ``[N]``; 0 where that is not said, as in a
+            dataset of the user's own.
     """
 
     images: Tensor
     labels: Tensor
-    domains: Tensor | None = None
+    domains: Tensor | int = 0
 
 
 class DomainBatch(NamedTuple):

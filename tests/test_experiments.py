@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,7 @@ def load(path: Path) -> Any:
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
     specification.loader.exec_module(module)
     return module
 

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 import framework.trainer
 from framework.__main__ import main
-from framework.modules import DomainAdaptation
 from framework.networks.residual import RESIDUAL_NETWORKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -143,11 +144,14 @@ def test_what_a_run_leaves_behind(here: Path) -> None:
     assert [name for name in named if not (run / name).is_file()] == []
 
     logged = {line.split(",")[1] for line in (run / "metrics.csv").read_text().splitlines()[1:]}
-    described = re.findall(r"`([a-z0-9_/<>]+)`", "".join(row[0] for row in table(README, "scalar")))
-    patterns = [re.sub("<[a-z]+>", "[a-z]+", name) for name in described]
+    general = [name for row in table(README, "scalar") for name in quoted_names(row[0])]
+    own = [name for row in table(README, "diagnostic") for name in quoted_names(row[0])]
+    patterns = [re.sub("<[a-z]+>", "[a-z_]+", name) for name in [*general, *own]]
     assert [name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
-    missing = {pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in logged)}
-    assert missing == {"train/mmd", "val/accuracy", "val/loss"}  # of other methods and of classifiers
+    missing = {
+        name for name in general if not any(re.fullmatch(re.sub("<[a-z]+>", "[a-z_]+", name), x) for x in logged)
+    }
+    assert missing == {"val/accuracy", "val/loss"}  # of classifiers
 
 
 # ---------------------------------------------------------------------- Python
@@ -226,19 +230,63 @@ def test_every_path_exists(page: str) -> None:
     assert [word for word in named if "<" not in word and not (REPOSITORY / word).exists()] == []
 
 
-def subclasses(base: type) -> set[str]:
-    found = {cls.__name__ for cls in base.__subclasses__() if cls.__module__.startswith("framework.")}
-    return found.union(*(subclasses(cls) for cls in base.__subclasses__()))
-
-
 def test_the_table_of_methods_is_whole() -> None:
-    rows = {row[0].strip("`"): row[-1] for row in table(README, "method")}
-    assert rows.keys() == subclasses(DomainAdaptation)
-    files = {name: re.search(r"\]\((.+)\)", cell)[1] for name, cell in rows.items()}  # type: ignore[index]
+    """Every class has a row, every file is in the row of its class, and the paper is the one that the module names."""
+    rows = {row[0].strip("`"): row for row in table(README, "method")}
+    classes = {cls.__name__: cls for cls in contract.methods()}
+    assert rows.keys() == classes.keys()
+    files = {name: re.findall(r"\]\((experiments/methods/[^)]+)\)", row[-1]) for name, row in rows.items()}
     existing = sorted((REPOSITORY / "experiments" / "methods").glob("*.yaml"))
-    assert sorted(files.values()) == [path.relative_to(REPOSITORY).as_posix() for path in existing]
-    for name, path in files.items():
-        assert yaml.safe_load((REPOSITORY / path).read_text())["model"]["class_path"] == name
+    assert sorted(itertools.chain(*files.values())) == [path.relative_to(REPOSITORY).as_posix() for path in existing]
+    for name, row in rows.items():
+        assert len(row) == 6
+        assert all(row), name
+        for path in files[name]:
+            assert yaml.safe_load((REPOSITORY / path).read_text())["model"]["class_path"] == name
+        docstring = " ".join((sys.modules[classes[name].__module__].__doc__ or "").split())
+        for author, year in re.findall(
+            r"(\w+)(?: (?:et al\.|& \w+|and \w+))?, \[.*?\]\([^)]*\),? [^;]*?(\d{4})", row[1]
+        ):
+            assert author in docstring, (name, author)
+            assert year in docstring, (name, year)
+        assert name == "SourceOnly" or re.search(r"\d{4}", row[1]), name
+
+
+def test_the_table_of_diagnostics_is_whole(domains: Path, tmp_path: Path) -> None:
+    """What each method logs in a step, beyond what all do, is described, and no more."""
+    general = [name for row in table(README, "scalar") for name in quoted_names(row[0])]
+    described = {
+        (name, method)
+        for row in table(README, "diagnostic")
+        for name in quoted_names(row[0])
+        for method in quoted_names(row[1])
+    }
+    found = set()
+    optional: dict[str, dict[str, Any]] = {
+        "CDAN": {"entropy_conditioning": True},
+        "AFN": {"entropy_weight": 0.1},
+        "JAN": {"adversarial": True},
+    }
+    for method in contract.methods():
+        logger = CSVLogger(tmp_path / method.__name__)
+        model = optional.get(method.__name__, {})
+        contract.fit(method, domains, max_epochs=2, log_every_n_steps=1, logger=logger, model=model)  # ADDA: two stages
+        names = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+        own = [name for name in names if name.startswith("train/") and not any(matches(g, name) for g in general)]
+        if method.__name__ == "AlignmentSum":  # those of its terms, with the term's name
+            assert all(re.match("train/(cdan|mcc)", name) for name in own)
+        else:
+            found |= {(name, method.__name__) for name in own}
+    assert found == described
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name fits one with placeholders, `train/<part>`."""
+    return bool(re.fullmatch(re.sub("<[a-z]+>", "[a-z_]+", pattern), name))
+
+
+def quoted_names(cell: str) -> list[str]:
+    return re.findall(r"`([A-Za-z0-9_/<>]+)`", cell)
 
 
 def test_the_table_of_residual_networks_is_right() -> None:
@@ -255,8 +303,9 @@ def test_every_data_file_is_in_the_table_of_experiments() -> None:
     for path in (REPOSITORY / "experiments" / "data").glob("*.yaml"):
         assert f"`data/{path.name}`" in text, path.name
         options = yaml.safe_load(path.read_text())["data"]["init_args"]
-        for folder in (options[key] for key in ("source", "target", "target_test", "root") if key in options):
-            assert "/".join(folder.split("/")[:2]) in text
+        for named in (options[key] for key in ("source", "target", "target_test", "root") if key in options):
+            for folder in [named] if isinstance(named, str) else named:
+                assert "/".join(folder.split("/")[:2]) in text
 
 
 @pytest.mark.parametrize("quoted", [row[0] for row in table(README, "message")])

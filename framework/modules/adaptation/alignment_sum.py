@@ -1,8 +1,7 @@
 """Sums of alignment losses, named and weighted from the command line: CDAN + MCC, DAN + MCC and the like.
 
-CDAN + MCC is the combination of Rangwani et al., "A Closer Look at Smoothness in Domain Adversarial Training", ICML 2022
-(there as the base of SDAT), after Jin et al., "Minimum Class Confusion for Versatile Domain Adaptation", ECCV 2020,
-section 3.3, where MCC is added to CDAN.
+CDAN + MCC: Jin et al., "Minimum Class Confusion for Versatile Domain Adaptation", ECCV 2020, add MCC to CDAN; Rangwani
+et al., "A Closer Look at Smoothness in Domain Adversarial Training", ICML 2022, build on that sum.
 """
 
 from __future__ import annotations

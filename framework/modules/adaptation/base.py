@@ -176,7 +176,8 @@ class DomainAdaptation(ImageClassifier):
 
     def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: LabelledBatch) -> Tensor:
         """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features."""
-        source = self.gathered(source._replace(labels=batch.labels, domains=batch.domains))
+        domains = torch.zeros_like(batch.labels) + batch.domains  # 0 where it is not said
+        source = self.gathered(source._replace(labels=batch.labels, domains=domains))
         target = self.gathered(target)
         self.reseed(SAME_ON_ALL_PROCESSES)  # what the loss draws, on the same gathered batch
         loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
