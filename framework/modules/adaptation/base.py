@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from framework.batch import DomainBatch, LabelledBatch
 from framework.errors import ConfigurationError
+from framework.functional import marginal_entropy
 from framework.metrics import DomainDiscrepancy, InformationMaximization
 from framework.modules.base import ImageClassifier, at_least_zero
 from framework.networks import NetworkOutputs, convert_domain_specific, select_domain
@@ -198,8 +199,7 @@ class DomainAdaptation(ImageClassifier):
         """Entropy, in nats, of the mean prediction of a batch of target outputs: log K where all classes are predicted
         alike often, 0 where all images get one class."""
         self._target_batch = len(target.logits)
-        marginal = target.logits.detach().float().softmax(dim=1).mean(dim=0)
-        return {"target_marginal_entropy": -torch.special.xlogy(marginal, marginal).sum()}
+        return {"target_marginal_entropy": marginal_entropy(target.logits.detach())}
 
     def on_running_means(self, means: dict[str, float]) -> None:
         """Warn, once for each kind, where the means say that the method does not work."""

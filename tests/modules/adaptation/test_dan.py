@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract import toy_accuracy
 
+from framework.datamodules import DomainPairDataModule
 from framework.errors import ConfigurationError
 from framework.functional import biased_mmd, linear_time_mmd, unbiased_mmd
 from framework.modules import DAN
 from framework.modules.adaptation.dan import MaximumMeanDiscrepancyLoss
 from framework.networks import NetworkOutputs
+from framework.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,18 @@ def test_minimising_it_brings_the_domains_together() -> None:
         loss(NetworkOutputs(source, source), NetworkOutputs(target, target), torch.tensor(0.0)).backward()
         optimizer.step()
     assert (target.mean(0) - source.mean(0)).abs().max() < 0.3
+
+
+def test_linear_time_needs_a_single_source(domains: Path, images: Any, tmp_path: Path) -> None:
+    """With several, neighbours in a batch are always of different folders: the estimate would be biased."""
+    other = images(tmp_path / "other", ["ant", "bee", "cat"], count=5)
+    folders = [str(domains / "source"), str(other)]
+    options: dict[str, Any] = {"source": folders, "target": str(domains / "target"), "image_size": 16, "batch_size": 4}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=1, accelerator="cpu", **quiet)
+    with pytest.raises(ConfigurationError, match=r"`--data\.source` .*linear_time.*unbiased"):
+        trainer.fit(DAN(3, backbone="resnet8", estimator="linear_time"), DomainPairDataModule(**options, num_workers=0))
+    trainer.fit(DAN(3, backbone="resnet8"), DomainPairDataModule(**options, num_workers=0))
 
 
 def test_bad_values_name_the_flag() -> None:
