@@ -26,8 +26,8 @@ def check_batch_sizes(module: DomainAdaptation, at_least: int, why: str, equal_f
         )
     if equal_for and (folders := len(getattr(data, "sources", ()))) > 1:
         raise ConfigurationError(
-            f"Expected `--data.source` to be one folder for `{equal_for}`, which compares neighbours in a batch, but got "
-            f"{folders}: there they are never of the same folder. Take `--model.estimator unbiased`."
+            f"Expected `--data.source` to be one folder for `{equal_for}`, which compares neighbours in a batch, but "
+            f"got {folders}: there they are never of the same folder. Take `--model.estimator unbiased`."
         )
     if min(source, target) < at_least:
         raise ConfigurationError(
