@@ -20,7 +20,6 @@ def classifier_discrepancy(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         0-d tensor, from 0 to ``2 / K``.
 
-    >>> import torch
     >>> classifier_discrepancy(torch.tensor([[99.0, 0.0]]), torch.tensor([[0.0, 99.0]]))
     tensor(1.)
     """
@@ -40,7 +39,6 @@ def class_balance(logits: Tensor) -> Tensor:
     Returns:
         0-d tensor, at least ``log K``.
 
-    >>> import torch
     >>> class_balance(torch.tensor([[9.0, 0.0], [0.0, 9.0]]))
     tensor(0.6931)
     """

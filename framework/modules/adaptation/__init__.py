@@ -13,13 +13,16 @@ from framework.modules.adaptation.daan import DAAN
 from framework.modules.adaptation.dan import DAN
 from framework.modules.adaptation.dann import DANN
 from framework.modules.adaptation.deep_coral import DeepCORAL
+from framework.modules.adaptation.deep_jdot import DeepJDOT
 from framework.modules.adaptation.dsan import DSAN
 from framework.modules.adaptation.information_maximization import InformationMaximization
 from framework.modules.adaptation.jan import JAN
 from framework.modules.adaptation.mcc import MCC
 from framework.modules.adaptation.mcd import MCD
 from framework.modules.adaptation.mdd import MDD
+from framework.modules.adaptation.sliced_wasserstein import SlicedWasserstein
 from framework.modules.adaptation.source_only import SourceOnly
+from framework.modules.adaptation.swd import SWD
 
 __all__ = [
     "ADDA",
@@ -36,11 +39,14 @@ __all__ = [
     "MCC",
     "MCD",
     "MDD",
+    "SWD",
     "AdaBN",
     "AlignmentLoss",
     "AlignmentSum",
     "DeepCORAL",
+    "DeepJDOT",
     "DomainAdaptation",
     "InformationMaximization",
+    "SlicedWasserstein",
     "SourceOnly",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from framework.batch import DomainBatch, LabelledBatch
 from framework.errors import ConfigurationError
-from framework.modules import MCD, DomainAdaptation
+from framework.modules import MCD, SWD, DomainAdaptation
 from framework.networks import MLPHead
 from framework.progress import batches_planned
 from framework.trainer import Trainer
@@ -80,7 +80,7 @@ def points(module: MCD) -> MCD:
 def fit(module: MCD, batches: list[DomainBatch], **options: Any) -> MCD:
     defaults: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
     loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-    Trainer(**{**defaults, **options}, enable_progress_bar=False, log_every_n_steps=1).fit(module, loader)
+    L.Trainer(**{**defaults, **options}, enable_progress_bar=False, log_every_n_steps=1).fit(module, loader)
     return module
 
 
@@ -248,7 +248,7 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
     return float((module.eval()(values).argmax(1) == labels).float().mean())
 
 
-@pytest.mark.parametrize("method", [MCD])
+@pytest.mark.parametrize("method", [MCD, SWD])
 def test_it_helps_on_a_toy(method: type[MCD]) -> None:
     assert toy(method, False, seed=1, angle=80.0) < 0.94
     assert toy(method, True, seed=1, angle=80.0) > 0.985
