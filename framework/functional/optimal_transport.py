@@ -34,7 +34,7 @@ def sinkhorn_coupling(cost: Tensor, entropic_regularization: float = 0.05, itera
     Raises:
         ConfigurationError: not a matrix, or an option that is not positive.
 
-    >>> sinkhorn_coupling(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    >>> sinkhorn_coupling(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).round(decimals=4)
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]])
     """

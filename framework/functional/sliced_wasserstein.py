@@ -71,7 +71,7 @@ def random_directions(count: int, like: Tensor) -> Tensor:
     Returns:
         Shape ``[P, D]``, rows of length 1.
 
-    >>> random_directions(4, torch.zeros(8, 3)).norm(dim=1)
+    >>> random_directions(4, torch.zeros(8, 3)).norm(dim=1).round(decimals=4)
     tensor([1., 1., 1., 1.])
     """
     dtype = torch.float32 if like.dtype in HALF_PRECISION else like.dtype
