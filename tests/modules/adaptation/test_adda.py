@@ -151,6 +151,29 @@ def test_resume_around_the_switch(batches: int, optimizer: str, domains: Path, t
     assert equal(weights(whole), weights(fit(ADDA, domains, resume=tmp_path / "stop.ckpt", model=options)))
 
 
+@pytest.mark.parametrize("schedule", ["constant", "inverse_decay", "cosine"])
+@pytest.mark.parametrize("batches", [SWITCH, 12])
+def test_the_second_stage_has_its_own_learning_rate(schedule: str, batches: int, domains: Path, tmp_path: Path) -> None:
+    rates: dict[bool, list[list[float]]] = {True: [], False: []}
+
+    class Rates(L.Callback):
+        def __init__(self, factored: bool) -> None:
+            self.factored = factored
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            rates[self.factored].append([group["lr"] for group in optimizer.param_groups])
+
+    path = tmp_path / "stop.ckpt"
+    model: dict[str, Any] = {"schedule": schedule, "adaptation_learning_rate_factor": 0.25}
+    whole = fit(ADDA, domains, save=(batches, path), model=model)
+    fit(ADDA, domains, model=model, callbacks=[Rates(True)])
+    fit(ADDA, domains, model=model | {"adaptation_learning_rate_factor": 1.0}, callbacks=[Rates(False)])
+    assert len(rates[True]) == 15
+    for step, (found, plain) in enumerate(zip(rates[True], rates[False], strict=True)):
+        assert found == pytest.approx([(0.25 if step >= SWITCH else 1.0) * rate for rate in plain]), step
+    assert equal(weights(whole), weights(fit(ADDA, domains, resume=path, model=model)))
+
+
 def test_a_longer_plan_does_not_bring_the_first_stage_back(domains: Path, tmp_path: Path) -> None:
     fit(ADDA, domains, save=(10, tmp_path / "stop.ckpt"))
     module = fit(ADDA, domains, resume=tmp_path / "stop.ckpt", max_epochs=6)
@@ -222,6 +245,7 @@ def test_the_stage_survives_load_from_checkpoint(domains: Path, tmp_path: Path) 
         ("pretraining_share", 0.0),
         ("pretraining_share", 1.0),
         ("pretraining_share", -0.5),
+        ("adaptation_learning_rate_factor", 0.0),
         ("discriminator_features", 0),
         ("discriminator_normalization", "layer"),
         ("domain_weighting", "half"),
@@ -244,7 +268,7 @@ def test_complaints_count_progress_within_the_stage() -> None:
     assert key == "saturated"
     for words in (
         "99.5%",
-        "`--model.backbone_learning_rate_factor`",
+        "`--model.adaptation_learning_rate_factor`",
         "`--model.discriminator_normalization dropout`",
         "`--model.discriminator_features`",
     ):
