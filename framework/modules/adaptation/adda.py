@@ -93,8 +93,8 @@ class AdversarialInvertedLabelLoss(AlignmentLoss):
             yield (
                 "saturated",
                 f"the discriminator tells the domains apart on {accuracy:.1%} of the images "
-                "(`train/domain_accuracy`): the target's features do not come near the source's. Raise "
-                "`--model.backbone_learning_rate_factor`, or weaken the discriminator by "
+                "(`train/domain_accuracy`): the target's features do not come near the source's, or were thrown out "
+                "of their reach. Lower `--model.adaptation_learning_rate_factor`, or weaken the discriminator by "
                 "`--model.discriminator_normalization dropout` or smaller `--model.discriminator_features`.",
             )
 
@@ -107,7 +107,7 @@ class ADDA(DomainAdaptation):
     ``source_bottleneck``, are the source's encoder and do not change any more, nor does the head; ``backbone`` and
     ``bottleneck`` go on as the target's encoder, trained with a discriminator by the target's images alone, and are
     what test and prediction use. The source's validation uses the source's encoder. The optimizer starts anew at the
-    switch (no momentum of the first stage); the learning rate's schedule goes on.
+    switch (no momentum of the first stage); the learning rate's schedule goes on, at a multiple of the first stage's.
 
     Batch normalisation sees one domain at a time under any policy: the source's images in the first stage, the target's
     in the second, while the source's encoder stays in evaluation mode. So ``joint``, the default, joins nothing, and
@@ -116,6 +116,9 @@ class ADDA(DomainAdaptation):
     Args:
         num_classes: number of classes ``K``.
         pretraining_share: share of the run that is the first stage, between 0 and 1.
+        adaptation_learning_rate_factor: multiple of the learning rates in the second stage. With nothing to hold the
+            target's encoder, a rate that is good for classification from scratch throws its features out of reach; the
+            published codes have the same, low rate in both stages, which is a factor of 1.
         discriminator_features: width of the discriminator's two hidden layers.
         discriminator_normalization: ``none`` (the paper), ``batch`` (TLlib) or ``dropout``.
         domain_weighting: ``sum`` of the discriminator's mean losses on the two domains (the paper) or their ``mean``.
@@ -131,6 +134,7 @@ class ADDA(DomainAdaptation):
         num_classes: int,
         *,
         pretraining_share: float = 0.5,
+        adaptation_learning_rate_factor: float = 0.1,
         discriminator_features: int = 1024,
         discriminator_normalization: Normalization = "none",
         domain_weighting: DomainWeighting = "sum",
@@ -142,7 +146,12 @@ class ADDA(DomainAdaptation):
             raise ConfigurationError(
                 f"Expected `--model.pretraining_share` to be between 0 and 1, but got {pretraining_share}."
             )
-        self.pretraining_share = pretraining_share
+        if not adaptation_learning_rate_factor > 0:
+            raise ConfigurationError(
+                "Expected `--model.adaptation_learning_rate_factor` to be above 0, but got "
+                f"{adaptation_learning_rate_factor}."
+            )
+        self.pretraining_share, self.adaptation_factor = pretraining_share, adaptation_learning_rate_factor
         self.adapting = False  # which stage; in the state dict
         # from the start, so that the state dict has the same keys in both stages
         self.source_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
@@ -198,6 +207,11 @@ class ADDA(DomainAdaptation):
             parameter.grad = None  # what has accumulated; without a gradient, the optimizer leaves the head alone
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["lr"] = self.adaptation_factor * group["lr"]
+        for configuration in self.trainer.lr_scheduler_configs:  # in their state dict, as the rates in the optimizer's
+            rates = configuration.scheduler.base_lrs
+            configuration.scheduler.base_lrs = [self.adaptation_factor * rate for rate in rates]
         self.adapting = True
         self.train(self.training)
 
