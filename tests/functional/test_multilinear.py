@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import framework.functional.multilinear
 from framework.errors import ConfigurationError
 from framework.functional import multilinear_map, randomized_multilinear_map
 
@@ -83,3 +85,7 @@ def test_other_shapes_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]
         multilinear_map(*(torch.zeros(shape) for shape in shapes))
     with pytest.raises(ConfigurationError, match="Expected `features`"):
         randomized_multilinear_map(*(torch.zeros(shape) for shape in shapes), torch.zeros(3, 4), torch.zeros(2, 4))
+
+
+def test_examples() -> None:
+    assert doctest.testmod(framework.functional.multilinear, extraglobs={"torch": torch}) == (0, 3)
