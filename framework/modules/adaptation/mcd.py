@@ -33,8 +33,8 @@ class MCD(DomainAdaptation):
 
     The heads see the features of all processes at once where ``global_alignment`` is on. ``head`` is the one of
     validation, test, prediction and export. Needs ``--trainer.strategy ddp_find_unused_parameters_true`` with several
-    processes; gradients are neither clipped nor accumulated. ``compile`` compiles the backbone; the rest of the loop is three
-    small losses between updates, nothing that a graph could hold together.
+    processes; gradients are neither clipped nor accumulated. ``compile`` compiles the backbone; the rest of the loop is
+    three small losses between updates, nothing that a graph could hold together.
 
     Logs ``train/discrepancy`` of the last step C, ``train/discrepancy_of_heads`` that step B left, before C, and
     ``train/head_agreement``, the share of target images for which both heads then predict one class.
