@@ -91,7 +91,7 @@ def rows(folder: Path) -> list[list[str]]:
 def in_a_new_process(code: str, *arguments: str, **options: Any) -> str:
     """What a Python program prints."""
     line = [sys.executable, *options.pop("flags", []), "-c", code, *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -463,7 +463,7 @@ def test_light_start(argument: str) -> None:
 def test_both_names_of_the_command() -> None:
     script = Path(sys.executable).with_name("framework")
     printed = [
-        subprocess.run([*line, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+        subprocess.run([*line, "--version"], capture_output=True, text=True, check=True, timeout=300).stdout
         for line in ([sys.executable, "-m", "framework"], *([[str(script)]] if script.exists() else []))
     ]
     assert len(set(printed)) == 1

@@ -450,7 +450,7 @@ def test_debug_shows_the_traceback(
 def test_in_a_process_of_its_own(row: str, domains: Path, w: Path, elsewhere: Path) -> None:
     command, *expected = (CONFIGURATION | DATA | MODEL | RUN)[row]
     line = [sys.executable, "-m", "framework", *command.format(d=domains, w=w).split()]
-    done = subprocess.run(line, cwd=elsewhere, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=elsewhere, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"framework: error: [^\n]*\n", done.stderr), done.stderr

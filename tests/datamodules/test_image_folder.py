@@ -289,6 +289,6 @@ except ValueError as error:
     kept = error
     print("bad.png' to be an image that can be read" in str(error))
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout) == (0, "True\n")
     assert "Exception ignored" not in ended.stderr

@@ -59,7 +59,7 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
         env={**environment, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         stdin=subprocess.DEVNULL,
     )
