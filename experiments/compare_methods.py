@@ -265,15 +265,16 @@ def _mean_and_deviation(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def write_markdown(rows: list[dict[str, Any]], methods: list[str], pairs: list[str]) -> str:
-    """One line a method and pair, best first: means over the seeds with standard deviations (n - 1)."""
-    head = ["target", "method", "accuracy, %", "class mean, %", "gain over source-only ± 95 %", "step time", "seeds"]
+def write_markdown(rows: list[dict[str, Any]], methods: list[str], pairs: list[str], to: str = BASELINE) -> str:
+    """One line a method and pair, best first: means over the seeds with standard deviations (n - 1), the gain over the
+    method ``to`` and the time of a step relative to its."""
+    head = ["target", "method", "accuracy, %", "class mean, %", f"gain over {to} ± 95 %", "step time", "seeds"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for pair in pairs:
         finished = [row for row in rows if row["pair"] == pair and row["status"] == "finished"]
         of = {method: {row["seed"]: row for row in finished if row["method"] == method} for method in methods}
         failed = {row["method"] for row in rows if row["pair"] == pair and row["status"] != "finished"}
-        baseline = of.get(BASELINE, {})
+        baseline = of.get(to, {})
         target = pair.split("_to_", 1)[-1]
 
         def accuracies(method: str, of: dict[str, dict[int, dict[str, Any]]] = of) -> dict[int, float]:
@@ -285,8 +286,8 @@ def write_markdown(rows: list[dict[str, Any]], methods: list[str], pairs: list[s
         for method in sorted((method for method in methods if of[method]), key=mean, reverse=True):
             cells = of[method]
             gain, ratio = "", ""
-            paired = paired_gain(accuracies(method), accuracies(BASELINE)) if baseline else None
-            if paired is not None and method != BASELINE:
+            paired = paired_gain(accuracies(method), accuracies(to)) if baseline else None
+            if paired is not None and method != to:
                 interval = f" ± {100 * paired[1]:.1f}" if paired[1] == paired[1] else ""
                 gain = f"{100 * paired[0]:+.1f}{interval}"
             common = sorted(cells.keys() & baseline.keys())
@@ -311,6 +312,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", required=True, type=Path, metavar="YAML", help="as in experiments/data")
     parser.add_argument(
         "--methods", nargs="+", default=["all"], metavar="NAME", help="experiments/methods/NAME.yaml, or all"
+    )
+    parser.add_argument(
+        "--baseline", default=BASELINE, metavar="NAME", help="the method that gains are measured against"
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0 to SEEDS - 1")
     parser.add_argument("--epochs", type=int, help="epochs of each run; default: what the data's file says")
@@ -341,6 +345,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.seeds < 1 or (options.epochs is not None and options.epochs < 1):
             raise ConfigurationError("Expected `--seeds` and `--epochs` to be 1 or more.")
         methods = chosen_methods(options.methods)
+        if options.baseline not in methods:
+            raise ConfigurationError(f"Expected `--baseline` to be among `--methods`, but got {options.baseline!r}.")
         trainer = {"max_epochs": options.epochs} if options.epochs else {}
         # seed by seed, so that an interrupted comparison has all methods with few seeds and not the reverse
         cells = [
@@ -356,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"compare_methods: error: {error}", file=sys.stderr)
         return 2
     folder = Path("lightning_logs") / options.experiment
-    text = write_markdown(rows, methods, [pair.stem for pair in options.data])
+    text = write_markdown(rows, methods, [pair.stem for pair in options.data], options.baseline)
     (folder / "table.csv").write_text(write_csv(rows), encoding="utf-8")
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(f"\nAccuracy of the last weights on the target's test images; no target label was used.\n\n{text}")

@@ -171,6 +171,14 @@ def test_table_against_independent_statistics(compare: ModuleType) -> None:
     assert found[1][4:] == ["", "1.00", "3"]
 
 
+def test_another_baseline(compare: ModuleType) -> None:
+    cells = [cell("source_only", 0, 0.5), cell("dan", 0, 0.6, seconds=2.0), cell("dann", 0, 0.9, seconds=3.0)]
+    lines = compare.write_markdown(cells, ["source_only", "dan", "dann"], ["a_to_b"], "dan").splitlines()
+    assert "gain over dan " in lines[0]
+    assert lines[2] == "| b | dann | 90.0 | 45.0 | +30.0 | 1.50 | 1 |"
+    assert lines[3] == "| b | dan | 60.0 | 30.0 |  | 1.00 | 1 |"
+
+
 def test_the_gain_is_paired_by_seed(compare: ModuleType) -> None:
     gain, half = compare.paired_gain({0: 0.9, 1: 0.8, 5: 0.1}, {1: 0.7, 0: 0.8, 2: 0.0})
     assert (gain, half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
@@ -185,6 +193,7 @@ def test_the_gain_is_paired_by_seed(compare: ModuleType) -> None:
     [
         (["--methods", "sourceonly"], "'sourceonly'. Did you mean 'source_only'"),
         (["--seeds", "0"], "`--seeds`"),
+        (["--baseline", "dann"], "`--baseline` to be among `--methods`"),
         (["--data", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
