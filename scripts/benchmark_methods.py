@@ -81,6 +81,8 @@ def measure(method: str, batch: DomainBatch, options: argparse.Namespace) -> tup
     L.seed_everything(0, verbose=False)
     build = getattr(framework, chosen["class_path"])
     fixed = {"backbone": options.backbone, "weights": None}
+    if options.batch_norm:
+        fixed["batch_norm"] = options.batch_norm
     module = build(options.classes, **(chosen.get("init_args", {}) | fixed))
     width = chosen.get("init_args", {}).get("bottleneck_features", 256)
     bare = framework.SourceOnly(options.classes, backbone=options.backbone, bottleneck_features=width)
@@ -107,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warm_up", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--batch_norm", help="default: as in the method's file; `separate` is two forward passes")
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16, help="of each domain")
     parser.add_argument("--classes", type=int, default=31)

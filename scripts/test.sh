@@ -24,6 +24,6 @@ else
 fi
 status=0
 # The longer spelling of the arrays: an empty one is an unbound variable to bash before 4.4.
-python -m pytest -n auto --maxprocesses 8 --dist loadgroup ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || status=$?
+python -m pytest -n auto --maxprocesses 8 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} || status=$?
 echo "The tests took $SECONDS s, the environment included"
 exit "$status"

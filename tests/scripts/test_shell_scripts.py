@@ -248,7 +248,7 @@ def test_foreign_folder_is_not_made_an_environment(copy: Path, tmp_path: Path) -
 def test_arguments_reach_pytest(copy: Path, fake: dict[str, str]) -> None:
     """scripts/test.sh leaves slow tests out, --all does not, and the rest is pytest's; its status is passed on."""
     (packages_of(fake) / "pytest.py").write_text("import sys; print(sys.argv[1:]); sys.exit(5)\n")
-    processes = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadgroup"]
+    processes = ["-n", "auto", "--maxprocesses", "8"]
     for arguments, more in (
         (["-k", "a b"], ["-m", "not slow", "-k", "a b"]),
         (["--all", "-x"], ["-x"]),
