@@ -1,9 +1,9 @@
 """LightningModules: what the Trainer fits."""
 
-from framework.modules import adaptation
+from framework.modules import adaptation, transfer
 from framework.modules.adaptation import *  # noqa: F403  (a new method is one import line, there)
 from framework.modules.base import ImageClassifier
 from framework.modules.residual import ResidualClassifier
-from framework.modules.transfer import TransferClassifier
+from framework.modules.transfer import *  # noqa: F403
 
-__all__ = [*adaptation.__all__, "ImageClassifier", "ResidualClassifier", "TransferClassifier"]
+__all__ = [*adaptation.__all__, *transfer.__all__, "ImageClassifier", "ResidualClassifier"]

@@ -3,6 +3,7 @@
 from framework.networks.backbones import create_backbone, list_backbones
 from framework.networks.batch_norm import DomainSpecificBatchNorm, convert_domain_specific, select_domain
 from framework.networks.discriminator import DomainDiscriminator
+from framework.networks.frozen import FrozenCopy
 from framework.networks.heads import MLPHead
 from framework.networks.outputs import NetworkOutputs
 from framework.networks.projection import Bottleneck
@@ -21,6 +22,7 @@ from framework.networks.residual import (
     resnet152,
 )
 from framework.networks.residual_blocks import BasicBlock, BottleneckBlock, PreActivationBlock
+from framework.networks.stages import Stage, split_stages
 
 __all__ = [
     "BasicBlock",
@@ -28,10 +30,12 @@ __all__ = [
     "BottleneckBlock",
     "DomainDiscriminator",
     "DomainSpecificBatchNorm",
+    "FrozenCopy",
     "MLPHead",
     "NetworkOutputs",
     "PreActivationBlock",
     "ResidualNetwork",
+    "Stage",
     "convert_domain_specific",
     "create_backbone",
     "list_backbones",
@@ -47,4 +51,5 @@ __all__ = [
     "resnet110",
     "resnet152",
     "select_domain",
+    "split_stages",
 ]
