@@ -153,7 +153,7 @@ def test_the_digits_are_where_the_script_writes_them() -> None:
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
     output = script.build_parser().get_default("output")
-    known = {str(output / domain) for domain in script.DOMAINS}
+    known = {str(output / domain) for domain in script.DIGITS.domains}
     known |= {f"{folder}/{part}" for folder in known for part in ("train", "test")}
     for path in DATA:
         options = read(path)["data"]["init_args"]

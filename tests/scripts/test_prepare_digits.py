@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import preparation
 import pytest
 from PIL import Image
 
@@ -46,12 +48,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """A domain ``mnist`` of four images that depend on the seed, written in no time."""
 
-    def images(seed: int) -> Iterator[object]:
+    def images(options: Any) -> Iterator[object]:
         for index in range(4):
-            pixels = np.full((28, 28), 10 * seed + index, dtype=np.uint8)
+            pixels = np.full((28, 28), 10 * options.seed + index, dtype=np.uint8)
             yield prepare_digits.Image("train" if index < 2 else "test", index % 2, f"{index:05d}", pixels)
 
-    monkeypatch.setitem(prepare_digits.DOMAINS, "mnist", images)
+    monkeypatch.setitem(prepare_digits.DIGITS.domains, "mnist", images)
 
 
 def _hash(folder: Path) -> str:
@@ -113,7 +115,7 @@ def test_labels_are_the_packages(digits: Path) -> None:
 
 def test_the_same_seed_writes_the_same_bytes(digits: Path, tmp_path: Path) -> None:
     for domain in ("optdigits", "mnist_m"):  # one alone, too: the domains share no random stream
-        prepare_digits.prepare_domain(tmp_path, domain, seed=0)
+        assert prepare_digits.main(["--output", str(tmp_path), "--domains", domain]) == 0
         assert _hash(tmp_path / domain) == _hash(digits / domain)
     labels = np.repeat(np.arange(10), 20)
     splits = [tuple(prepare_digits.stratified_split(labels, 40, seed)[1]) for seed in (0, 0, 1)]
@@ -262,11 +264,11 @@ def test_a_folder_of_the_users_is_never_touched(
 
 
 def test_a_failing_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def images(seed: int) -> Iterator[object]:
+    def images(options: Any) -> Iterator[object]:
         yield prepare_digits.Image("train", 0, "00000", np.zeros((28, 28), dtype=np.uint8))
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(prepare_digits.DOMAINS, "mnist", images)
+    monkeypatch.setitem(prepare_digits.DIGITS.domains, "mnist", images)
     assert prepare_digits.main(["--output", str(tmp_path), "--domains", "mnist"]) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -287,10 +289,10 @@ def test_a_killed_run_leaves_no_domain(few_images: None, tmp_path: Path, signal_
     else:
         assert [path.name.split("-")[0] for path in left] == [".mnist_m.partial"]
         # The next run clears it away once it is clear that nobody writes there.
-        prepare_digits._remove_abandoned(tmp_path, "mnist_m")
+        preparation.remove_abandoned(tmp_path, "mnist_m")
         assert left[0].exists()
         os.utime(left[0], (0, 0))
-        prepare_digits._remove_abandoned(tmp_path, "mnist_m")
+        preparation.remove_abandoned(tmp_path, "mnist_m")
         assert list(tmp_path.iterdir()) == []
 
 
