@@ -3,9 +3,13 @@
 from framework.networks.backbones import create_backbone, list_backbones
 from framework.networks.batch_norm import DomainSpecificBatchNorm, convert_domain_specific, select_domain
 from framework.networks.discriminator import DomainDiscriminator
+from framework.networks.feature_maps import FeatureMaps
 from framework.networks.frozen import FrozenCopy
 from framework.networks.heads import MLPHead
+from framework.networks.key_queue import KeyQueue
+from framework.networks.momentum import MomentumCopy
 from framework.networks.outputs import NetworkOutputs
+from framework.networks.preprocessing import Preprocessing
 from framework.networks.projection import Bottleneck
 from framework.networks.residual import (
     ResidualNetwork,
@@ -23,6 +27,8 @@ from framework.networks.residual import (
 )
 from framework.networks.residual_blocks import BasicBlock, BottleneckBlock, PreActivationBlock
 from framework.networks.stages import Stage, split_stages
+from framework.networks.stochastic_norm import StochasticNorm, convert_stochastic
+from framework.networks.timm_backbones import list_timm_backbones
 
 __all__ = [
     "BasicBlock",
@@ -30,15 +36,22 @@ __all__ = [
     "BottleneckBlock",
     "DomainDiscriminator",
     "DomainSpecificBatchNorm",
+    "FeatureMaps",
     "FrozenCopy",
+    "KeyQueue",
     "MLPHead",
+    "MomentumCopy",
     "NetworkOutputs",
     "PreActivationBlock",
+    "Preprocessing",
     "ResidualNetwork",
     "Stage",
+    "StochasticNorm",
     "convert_domain_specific",
+    "convert_stochastic",
     "create_backbone",
     "list_backbones",
+    "list_timm_backbones",
     "resnet8",
     "resnet18",
     "resnet20",

@@ -16,6 +16,11 @@ from framework.errors import ConfigurationError
 Domain = Literal["source", "target"]
 
 
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Every batch norm in ``module``, itself included; timm's and the synchronised ones are such."""
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+
+
 class DomainSpecificBatchNorm(nn.Module):
     """One batch norm per domain, each with its own statistics, scale and shift (Chang et al. 2019, section 4.2).
 

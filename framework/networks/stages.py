@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-LARGE = 0.8  # a child that holds more than this share of the parameters is looked into
+LARGE = 0.9  # a child that holds more than this share of the layers is looked into
 LEAST = 4  # a backbone has at least that many stages, if it has that many layers
+
+Part = nn.Module | nn.Parameter
+NamedPart = tuple[str, Part]
 
 
 class Stage(NamedTuple):
@@ -28,73 +31,85 @@ class Stage(NamedTuple):
 def split_stages(backbone: nn.Module) -> list[Stage]:
     """The stages of any backbone, from input to output; every parameter is in exactly one of them.
 
-    These are its children with parameters, in the order of registration. A child that holds most of the parameters (as
+    These are its children with parameters, in the order of registration. A child that holds most of the layers (as
     ``features`` or ``encoder`` of torchvision's networks, ``blocks`` of timm's) is replaced by its own children, and so
-    is the largest one while there are fewer than four. What holds vectors only (a norm after the stem or at the end)
-    belongs to the stage before it, and a parameter of a looked-into module itself (a class token, a position
-    embedding) to the stage that follows it, which is the first for one of the backbone itself.
+    is the one with most layers while there are fewer than four stages, and a list of modules, which is never called
+    itself. What holds vectors only (a norm after the stem or at the end) belongs to the stage before it, and a
+    parameter of a looked-into module itself (a class token, a position embedding) to the stage that follows it.
+
+    The order is that of the forward pass in all of torchvision's classifiers and nearly all of timm's; CoaT and Twins,
+    for example, register the patch embeddings of all levels first.
     """
-    total = sum(parameter.numel() for parameter in backbone.parameters())
-    parts: list[tuple[str, nn.Module | nn.Parameter]] = _children("", backbone)
-    while True:
-        sizes = [_size(part) for _, part in parts]
-        order = sorted(range(len(parts)), key=lambda i: -sizes[i])
-        inside = {i: _children(*parts[i]) for i in order if isinstance(parts[i][1], nn.Module)}  # type: ignore[arg-type]
-        weighty = sum(_is_weighty(part) for _, part in parts)
-        chosen = next(
-            (
-                i
-                for i in order
-                if i in inside
-                and sum(_is_weighty(part) for _, part in inside[i]) > 0
-                and (sizes[i] > LARGE * total or weighty < LEAST)
-            ),
-            None,
-        )
-        if chosen is None:
-            break
-        parts[chosen : chosen + 1] = inside[chosen]
+    total = _layers(backbone)
+    parts = _children("", backbone)
+    while (chosen := _to_look_into(parts, total)) is not None:
+        parts[chosen : chosen + 1] = _children(*parts[chosen])
     return _grouped(parts)
 
 
-def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
+def _to_look_into(parts: list[NamedPart], total: int) -> int | None:
+    """The position of the next part to replace by its children."""
+    counts = [_layers(part) for _, part in parts]
+    for position in sorted(range(len(parts)), key=lambda position: -counts[position]):
+        part = parts[position][1]
+        if not isinstance(part, nn.Module) or not any(_layers(child) for _, child in _children("", part)):
+            continue
+        few = sum(count > 0 for count in counts) < LEAST
+        is_list = type(part).forward is nn.Module.forward  # a subclass may have one: DenseNet's block is a ModuleDict
+        if is_list or counts[position] > LARGE * total or few:
+            return position
+    return None
+
+
+def _children(name: str, part: Part) -> list[NamedPart]:
+    """The parameters of a module itself, then its children that hold parameters or running statistics."""
+    if isinstance(part, nn.Parameter):
+        return []
     prefix = f"{name}." if name else ""
-    own: list[tuple[str, nn.Module | nn.Parameter]] = [
-        (prefix + key, parameter) for key, parameter in module.named_parameters(recurse=False)
-    ]
-    return own + [(prefix + key, child) for key, child in module.named_children() if _size(child)]
+    own: list[NamedPart] = [(prefix + key, parameter) for key, parameter in part.named_parameters(recurse=False)]
+    return own + [(prefix + key, child) for key, child in part.named_children() if _is_kept(child)]
 
 
-def _size(part: nn.Module | nn.Parameter) -> int:
+def _is_kept(module: nn.Module) -> bool:
+    # a batch norm without scale and shift has no parameters, and yet something to freeze
+    return any(True for _ in module.parameters()) or any(
+        key.rpartition(".")[2] == "running_mean" for key, _ in module.named_buffers()
+    )
+
+
+def _layers(part: Part) -> int:
+    """The number of weights that are not vectors; those outside modules do not count."""
+    return sum(parameter.dim() > 1 for parameter in part.parameters()) if isinstance(part, nn.Module) else 0
+
+
+def _size(part: Part) -> int:
     return part.numel() if isinstance(part, nn.Parameter) else sum(p.numel() for p in part.parameters())
 
 
-def _is_weighty(part: nn.Module | nn.Parameter) -> bool:
-    return isinstance(part, nn.Module) and any(parameter.dim() > 1 for parameter in part.parameters())
-
-
-def _grouped(parts: list[tuple[str, nn.Module | nn.Parameter]]) -> list[Stage]:
-    groups: list[list[tuple[str, nn.Module | nn.Parameter]]] = []
-    waiting: list[tuple[str, nn.Module | nn.Parameter]] = []  # for the next stage
+def _grouped(parts: list[NamedPart]) -> list[Stage]:
+    groups: list[list[NamedPart]] = []
+    waiting: list[NamedPart] = []  # for the next stage
     for name, part in parts:
-        if isinstance(part, nn.Parameter):
-            waiting.append((name, part))
-        elif _is_weighty(part) or not groups:
+        if _layers(part):
             groups.append([*waiting, (name, part)])
             waiting = []
-        else:
+        elif isinstance(part, nn.Module) and groups and not waiting:
             groups[-1].append((name, part))
-    if waiting:
+        else:
+            waiting.append((name, part))
+    if groups:
         groups[-1] += waiting
+    elif waiting:
+        groups.append(waiting)
     stages, seen = [], set[int]()
     for group in groups:
-        modules = tuple(part for _, part in group if isinstance(part, nn.Module))
         parameters = []
         for _, part in group:
             for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
                 if id(parameter) not in seen:  # shared with an earlier stage
                     seen.add(id(parameter))
                     parameters.append(parameter)
-        name = max(group, key=lambda item: _size(item[1]))[0]
-        stages.append(Stage(name, modules, tuple(parameters)))
+        inside = [(name, part) for name, part in group if isinstance(part, nn.Module)]
+        name = max(inside or group, key=lambda item: _size(item[1]))[0]
+        stages.append(Stage(name, tuple(part for _, part in inside), tuple(parameters)))
     return stages

@@ -11,7 +11,7 @@ from torch import nn
 
 from framework.errors import ConfigurationError
 from framework.networks import ResidualNetwork, create_backbone, list_backbones, resnet8, resnet18
-from framework.networks.backbones import _strip_classifier
+from framework.networks.torchvision_backbones import _strip_classifier
 
 # name, width of the features, smallest comfortable image
 TORCHVISION = [
@@ -92,7 +92,7 @@ def test_every_kind_of_classifier_loses_its_last_layer():
         with torch.device("meta"):
             network = torchvision.models.get_model(name, weights=None, num_classes=17)
         before = dict(network.named_modules())
-        classifier = _strip_classifier(network)
+        classifier, _ = _strip_classifier(network)
         removed = before[classifier]
         assert (removed.out_channels if "squeezenet" in name else removed.out_features) == 17, name
         assert network.num_features == (removed.in_channels if "squeezenet" in name else removed.in_features), name
