@@ -58,3 +58,28 @@ def largest_squared_singular_values(matrix: Tensor, count: int = 1) -> Tensor:
         # in ascending order of the eigenvalues
         vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -count:]
     return full_precision_matmul(tall, vectors).square().sum()
+
+
+@full_precision
+def smallest_squared_singular_values(matrix: Tensor, count: int = 1) -> Tensor:
+    """The sum of the squares of the ``count`` smallest of the ``min(N, D)`` singular values.
+
+    ``sum of |X^T u|^2`` over the left singular vectors of a wide matrix, or of ``|X v|^2`` over the right ones of a
+    tall one. They come from the matrix itself: in its Gram matrix, whose eigenvalues are the squares, rounding errors
+    of the largest would drown the smallest.
+
+    Args:
+        matrix: shape ``[N, D]``.
+        count: how many; more than there are means all.
+
+    Returns:
+        0-d tensor.
+
+    >>> smallest_squared_singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]]))
+    tensor(9.)
+    """
+    tall = matrix if len(matrix) >= matrix.shape[1] else matrix.T
+    with torch.no_grad():
+        # of the small triangle, which has the singular values and right singular vectors of the whole
+        vectors = torch.linalg.svd(torch.linalg.qr(tall, mode="r").R).Vh[-count:].T
+    return full_precision_matmul(tall, vectors).square().sum()

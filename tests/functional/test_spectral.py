@@ -11,10 +11,21 @@ import torch
 from torch import Tensor
 
 import framework.functional.spectral
-from framework.functional import largest_squared_singular_values, nuclear_norm
+from framework.functional import (
+    largest_squared_singular_values,
+    nuclear_norm,
+    smallest_squared_singular_values,
+)
 
-FUNCTIONS = [nuclear_norm, largest_squared_singular_values, lambda x: largest_squared_singular_values(x, 3)]
-each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=["nuclear", "largest", "three largest"])
+FUNCTIONS = [
+    nuclear_norm,
+    largest_squared_singular_values,
+    lambda x: largest_squared_singular_values(x, 3),
+    smallest_squared_singular_values,
+    lambda x: smallest_squared_singular_values(x, 3),
+]
+NAMES = ["nuclear", "largest", "three largest", "smallest", "three smallest"]
+each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=NAMES)
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 6)])
@@ -25,6 +36,20 @@ def test_against_numpy(shape: tuple[int, int]) -> None:
     for count in (1, 2, 9):
         value = float(largest_squared_singular_values(matrix, count))
         assert value == pytest.approx((singular[:count] ** 2).sum(), rel=1e-12)
+        value = float(smallest_squared_singular_values(matrix, count))
+        assert value == pytest.approx((singular[-count:] ** 2).sum(), rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+def test_a_small_singular_value_beside_a_large_one(shape: tuple[int, int]) -> None:
+    """Off by more than itself where it is taken from the Gram matrix in float32."""
+    left, _, right = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), full_matrices=False)
+    values = np.array([3000.0, *[1.0] * 14, 0.03])
+    matrix = torch.from_numpy((left * values) @ right).float().requires_grad_()
+    value = smallest_squared_singular_values(matrix)
+    assert float(value) == pytest.approx(0.0009, rel=0.1)
+    gradient = torch.autograd.grad(value, matrix)[0].numpy()
+    np.testing.assert_allclose(gradient, 0.06 * np.outer(left[:, -1], right[-1]), atol=0.06 * 0.05)
 
 
 @each_function
@@ -70,4 +95,4 @@ def test_gradient_stays_in_float32_when_compiled_under_autocast(function: Callab
 
 
 def test_examples() -> None:
-    assert doctest.testmod(framework.functional.spectral, extraglobs={"torch": torch}) == (0, 2)
+    assert doctest.testmod(framework.functional.spectral, extraglobs={"torch": torch}) == (0, 3)
