@@ -133,8 +133,9 @@ class CommandLine(LightningCLI):
                     f"Expected `--trainer.max_epochs` to be more than the {epoch} epochs that '{config.ckpt_path}' has "
                     f"behind it, but got {epochs}."
                 )
-            if "weights" in arguments:
-                arguments.weights = None  # the checkpoint holds them
+            for name in ("weights", "init_from"):
+                if name in arguments:
+                    arguments[name] = None  # the checkpoint holds them
         elif self.subcommand != "fit" and not config.trainer.fast_dev_run:
             raise ConfigurationError(
                 f"Expected `--run` or `--ckpt_path`, the trained network to {self.subcommand}, but got neither."

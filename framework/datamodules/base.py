@@ -16,20 +16,22 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from framework.batch import DomainBatch, LabelledBatch, PredictionBatch
 from framework.datamodules.datasets import ImagesWithPaths, LabelledImages, UnlabelledImages
-from framework.datamodules.folders import ImageFiles, check_images
+from framework.datamodules.folders import ImageFiles, check_images, few_of_each_class
 from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
 from framework.datamodules.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Crop,
+    Views,
     evaluation_transform,
     training_transform,
 )
 from framework.errors import ConfigurationError
+from framework.networks.preprocessing import Preprocessing
 from framework.progress import batches_processed
+from framework.reports import report
 from framework.seeding import global_seed
 
 
@@ -44,15 +46,23 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: images per evaluation step and rank; default: twice ``batch_size``.
         steps_per_epoch: batches in an epoch; default: as many as the (source) training images fill.
         val_fraction: share of the training images held out for validation where no validation folder is given.
-        image_size: height and width that the network sees, in pixels.
+        labels_per_class: labelled (source) training images of each class and folder, as a whole number or as a share of
+            them (``1`` is one image, ``1.0`` all; at least one), chosen by the seed after validation and test are split
+            off, so that a larger number has those of a smaller one too; the others are not used. Default: all.
+        image_size: height and width that the network sees, in pixels; default: what the model's backbone expects, which
+            is known when the Trainer runs, and of a trained model what it was trained with. Without a Trainer, or with
+            a model that does not say: 224, and ImageNet's statistics.
         resize_size: square that images are resized to before a crop; default: ``image_size * 256 / 224``.
         crop: training crop, ``random_resized``, ``pad``, ``center`` or ``none``.
         horizontal_flip: mirror half of the training images.
-        mean, std: per-channel statistics of the normalisation, for images in [0, 1].
+        mean, std: per-channel statistics of the normalisation, for images in [0, 1]; default: as ``image_size``.
         check_images: decode every file once before training, so that a corrupt one ends the run at its start.
         num_workers: loader processes per domain.
         seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
     """
+
+    views = 1
+    """How many views of each training image a batch holds."""
 
     def __init__(
         self,
@@ -61,12 +71,13 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         steps_per_epoch: int | None = None,
         val_fraction: float = 0.1,
-        image_size: int = 224,
+        labels_per_class: int | float | None = None,  # the whole number first: 1 is not 1.0
+        image_size: int | None = None,
         resize_size: int | None = None,
         crop: Crop = "random_resized",
         horizontal_flip: bool = True,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         check_images: bool = True,
         num_workers: int = 2,
         seed: int | None = None,
@@ -79,28 +90,36 @@ class ImageDataModule(L.LightningDataModule):
         _at_least("--data.image_size", image_size, 1)
         _at_least("--data.num_workers", num_workers, 0)
         _fraction("--data.val_fraction", val_fraction)
-        if resize_size is not None and resize_size < image_size:
-            raise ConfigurationError(
-                f"Expected `--data.resize_size` to be at least `--data.image_size` = {image_size}, but got "
-                f"{resize_size}."
-            )
+        _amount("--data.labels_per_class", labels_per_class)
+        if resize_size is not None and image_size is not None:
+            _check_resize(resize_size, image_size)
         for flag, values in (("--data.mean", mean), ("--data.std", std)):
+            if values is None:
+                continue
             if len(values) != 3 or (flag == "--data.std" and min(values) <= 0):
                 raise ConfigurationError(f"Expected `{flag}` to be three numbers (std above 0), but got {values}.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.steps_per_epoch = steps_per_epoch
         self.val_fraction = val_fraction
-        resize_size = resize_size or round(image_size * 256 / 224)
-        self.train_transform = training_transform(image_size, resize_size, crop, horizontal_flip)
-        self.eval_transform = evaluation_transform(image_size, resize_size, crop)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.labels_per_class = labels_per_class
+        training_transform(1, 1, crop, horizontal_flip)  # a crop that there is not
+        self.crop, self.horizontal_flip = crop, horizontal_flip
+        self._given: dict[str, Any] = {
+            "image_size": image_size,
+            "mean": None if mean is None else tuple(mean),
+            "std": None if std is None else tuple(std),
+        }
+        self._resize_size = resize_size
+        self._restored_preprocessing: Preprocessing | None = None
+        self._announced: Preprocessing | None = None
         self.check_images = check_images
         self.num_workers = num_workers
         self.seed = global_seed() if seed is None else seed
         self._restored_batches = 0
         self._splits: dict[str, ImageFiles] = {}
-        self._columns: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._used: dict[str, ImageFiles] = {}
+        self._columns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ what a subclass says
     @property
@@ -117,6 +136,61 @@ class ImageDataModule(L.LightningDataModule):
         """Find the files of a stage (``fit``, ``validate``, ``test``, ``predict``) and check them."""
         raise AttributeError("_scan")
 
+    # ------------------------------------------------------------------ what the network sees
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Image size and normalisation: what was given, else what the Trainer's module expects.
+
+        Looked up every time: a checkpoint, which may tell the module, is restored after ``setup``.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        expected = getattr(module, "preprocessing", None)
+        if not isinstance(expected, Preprocessing):  # a module of the user's own
+            expected = self._restored_preprocessing or Preprocessing()
+        return expected._replace(**{name: value for name, value in self._given.items() if value is not None})
+
+    @property
+    def image_size(self) -> int:
+        """Height and width that the network sees, in pixels."""
+        return self.preprocessing.image_size
+
+    @property
+    def resize_size(self) -> int:
+        """The square that images are resized to before a crop, in pixels."""
+        if self._resize_size is None:
+            return round(self.image_size * 256 / 224)
+        _check_resize(self._resize_size, self.image_size)
+        return self._resize_size
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of the three channels, for images in [0, 1]."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation of the three channels, for images in [0, 1]."""
+        return self.preprocessing.std
+
+    @property
+    def train_transform(self) -> v2.Transform:
+        """From the pixels of a file to a training image, both uint8."""
+        return training_transform(self.image_size, self.resize_size, self.crop, self.horizontal_flip)
+
+    @property
+    def eval_transform(self) -> v2.Transform:
+        """From the pixels of a file to an image for evaluation, both uint8."""
+        return evaluation_transform(self.image_size, self.resize_size, self.crop)
+
+    def _announce(self) -> None:
+        """Say once what was not given, where a run is about to use it."""
+        missing = [name for name, value in self._given.items() if value is None]
+        if self.trainer is None or not missing or self._announced == self.preprocessing:
+            return
+        self._announced = self.preprocessing
+        values = ", ".join(f"`--data.{name}` {getattr(self, name)}" for name in missing)
+        report(f"Images as the backbone expects them: {values}.")
+
     # ------------------------------------------------------------------ before training
     def prepare_data(self) -> None:
         """Check the folders before anything is built or written: a user's mistake leaves no trace."""
@@ -126,7 +200,7 @@ class ImageDataModule(L.LightningDataModule):
         """Find the files; in ``fit`` write the split, if there is one, beside the logs."""
         stage = str(getattr(stage, "value", stage))
         self._restored_batches = 0  # a checkpoint is restored after setup
-        self._splits = {}
+        self._splits, self._used = {}, {}
         self._scan(stage)
         if stage == "fit" and self._splits and self.trainer is not None and self.trainer.loggers:
             self._write_manifest(self.trainer.log_dir)
@@ -170,16 +244,37 @@ class ImageDataModule(L.LightningDataModule):
             if (count := files.domains.count(domain)) < share * self._world_size:
                 raise ConfigurationError(
                     f"Expected {expected}, but {count} training images are under '{root}'. Lower `{batch_flag}`"
-                    + (" or `--data.val_fraction`." if self.val_fraction else ".")
+                    + self._or_else(flag)
                 )
 
+    def _or_else(self, flag: str) -> str:
+        if self.labels_per_class is not None and flag != "--data.target":
+            return " or raise `--data.labels_per_class`."
+        return " or `--data.val_fraction`." if self.val_fraction else "."
+
+    def _with_few_labels(self, train: ImageFiles, val: ImageFiles, of: str = "") -> tuple[ImageFiles, ImageFiles]:
+        """What ``labels_per_class`` leaves of the training images, and of validation where that is on them too."""
+        if self.labels_per_class is None:
+            return train, val
+        chosen, others = few_of_each_class(train, self.labels_per_class, self.seed, "--data.labels_per_class")
+        unused = train.subset(others)
+        left_out = set(unused.paths)
+        few, val = train.subset(chosen), val.subset([i for i in range(len(val)) if val.paths[i] not in left_out])
+        self._splits.setdefault(f"{of}train", train)  # where nothing is split off too: a resumed run chooses from it
+        self._used |= {f"{of}train": few, f"{of}unused": unused}
+        if f"{of}val" in self._splits:
+            self._used[f"{of}val"] = val
+        return few, val
+
     # ------------------------------------------------------------------ the split's manifest
-    def _split_table(self) -> str:
+    def _split_table(self, labelled: bool = False) -> str:
+        """The splits, or with ``labelled`` what is used of them: a run with more labels has the same splits."""
+        splits = self._splits | self._used if labelled else self._splits
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
-        several = any(len(files.roots) > 1 for files in self._splits.values())  # where a file's name may be there twice
+        several = any(len(files.roots) > 1 for files in splits.values())  # where a file's name may be there twice
         writer.writerow(["split", "folder", "file"] if several else ["split", "file"])
-        for name, files in self._splits.items():
+        for name, files in splits.items():
             folders = [str(root.resolve()) for root in files.roots]
             # by folder, so that the order in which the folders are given makes no other split
             for domain, path in sorted(zip(files.domains, files.paths, strict=True), key=lambda row: folders[row[0]]):
@@ -193,7 +288,7 @@ class ImageDataModule(L.LightningDataModule):
         path = Path(folder) / "split.csv"
         if not path.exists():  # a resumed run has it already, and load_state_dict compares
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._split_table(), encoding="utf-8")
+            path.write_text(self._split_table(labelled=True), encoding="utf-8")
 
     def _split_identity(self) -> dict[str, str]:
         roots = sorted({str(root.resolve()) for files in self._splits.values() for root in files.roots})
@@ -211,6 +306,8 @@ class ImageDataModule(L.LightningDataModule):
             "seed": self.seed,
             "images_per_step": self.batch_size * self._world_size,
             "split": self._split_identity(),
+            "preprocessing": self.preprocessing.plain(),
+            "labels_per_class": self.labels_per_class,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,10 +316,18 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             ConfigurationError: the run has another seed, or the folder's split is no longer the same.
         """
+        if "preprocessing" in state:  # for use without a module; older checkpoints have none
+            self._restored_preprocessing = Preprocessing.of(state["preprocessing"], "the checkpoint")
         if self._stage == "fit" and state["seed"] != self.seed:
             raise ConfigurationError(
                 f"Expected `--seed_everything {state['seed']}`, the seed of the checkpoint's run, but got {self.seed}: "
                 "the data would come in another order."
+            )
+        before, now = ("null" if n is None else repr(n) for n in (state.get("labels_per_class"), self.labels_per_class))
+        if self._stage == "fit" and before != now:  # 1 is not 1.0
+            raise ConfigurationError(
+                f"Expected `--data.labels_per_class {before}`, as in the run of the checkpoint, but got {now}: it "
+                "would go on with other training images."
             )
         split = self._split_identity()
         if split["roots"] == state["split"]["roots"] and split["digest"] != state["split"]["digest"]:
@@ -253,9 +358,11 @@ class ImageDataModule(L.LightningDataModule):
         self, files: ImageFiles, batch_size: int, steps: int, stream: int = 0, labelled: bool = True
     ) -> DataLoader[Any]:
         """Endless stream number ``stream`` of the run: every stream has an order and augmentations of its own."""
+        self._announce()
         seed = 16 * self.seed + stream
         sampler = StreamSampler(files.domains, batch_size, steps, seed, self._rank, self._world_size, self._processed)
-        images: Dataset[Any] = (LabelledImages if labelled else UnlabelledImages)(files, self.train_transform)
+        transform = self.train_transform if self.views == 1 else Views(self.train_transform, self.views)
+        images: Dataset[Any] = (LabelledImages if labelled else UnlabelledImages)(files, transform)
         return DataLoader(
             SeededDraws(images, seed),
             batch_size=batch_size,
@@ -274,6 +381,7 @@ class ImageDataModule(L.LightningDataModule):
                 f"Expected `{flag}` to hold an image for each of {self._world_size} processes, but found "
                 f"{len(dataset)}. Lower `--trainer.devices`."
             )
+        self._announce()
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
@@ -295,11 +403,13 @@ class ImageDataModule(L.LightningDataModule):
         return self.normalize(batch)
 
     def _statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if (device, dtype) not in self._columns:  # once: a copy to the device makes the host wait
+        _, mean, std = self.preprocessing
+        key = (device, dtype, mean, std)
+        if key not in self._columns:  # once: a copy to the device makes the host wait
             with torch.inference_mode(False):
-                columns = torch.tensor([self.mean, self.std], dtype=dtype, device=device).view(2, 3, 1, 1)
-            self._columns[device, dtype] = (columns[0], columns[1])
-        return self._columns[device, dtype]
+                columns = torch.tensor([mean, std], dtype=dtype, device=device).view(2, 3, 1, 1)
+            self._columns[key] = (columns[0], columns[1])
+        return self._columns[key]
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 ``[N, 3, H, W]`` to floats of the model's precision with the given mean and standard deviation."""
@@ -330,9 +440,24 @@ def _end_workers() -> None:
             process.kill()
 
 
+def _check_resize(resize_size: int, image_size: int) -> None:
+    if resize_size < image_size:
+        raise ConfigurationError(
+            f"Expected `--data.resize_size` to be at least `--data.image_size` = {image_size}, but got {resize_size}."
+        )
+
+
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise ConfigurationError(f"Expected `{flag}` to be at least {least}, but got {value}.")
+
+
+def _amount(flag: str, value: int | float | None) -> None:
+    fits = value is None or (value >= 1 if isinstance(value, int) else 0 < value <= 1)
+    if not fits or isinstance(value, bool):
+        raise ConfigurationError(
+            f"Expected `{flag}` to be a whole number from 1 on, or a share above 0 and up to 1.0, but got {value}."
+        )
 
 
 def _fraction(flag: str, value: float) -> None:

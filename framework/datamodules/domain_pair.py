@@ -110,9 +110,10 @@ class DomainPairDataModule(ImageDataModule):
             self._check_files("--data.source", source)
         self._check_files("--data.target", target)
         if self.source_vals is None:
-            self.source_files, self.source_val_files = self._held_out("source", sources)
+            train, val = self._held_out("source", sources)
+            self.source_files, self.source_val_files = self._with_few_labels(train, val, "source_")
         else:
-            self.source_files = joined(sources)
+            self.source_files, _ = self._with_few_labels(joined(sources), joined(sources), "source_")
             source_vals = [labelled_images(folder, "--data.source_val", classes) for folder in self.source_vals]
             for source in source_vals:
                 self._check_files("--data.source_val", source)

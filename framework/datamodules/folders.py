@@ -272,6 +272,41 @@ def _reason(error: Exception, path: str) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
+def few_of_each_class(files: ImageFiles, amount: int | float, seed: int, flag: str) -> tuple[list[int], list[int]]:
+    """Indices of a few images of each class, of each folder by itself, and those of the others; both sorted.
+
+    They are nested: what a smaller amount chooses, a larger one chooses too.
+
+    Args:
+        files: labelled images.
+        amount: how many of each class as a whole number, or a share of them as a fraction, of which 1.0 is all; at
+            least one.
+        seed: seed of the choice.
+        flag: the option that an error message names.
+
+    Raises:
+        ConfigurationError: a class has fewer than ``amount`` images.
+    """
+    chosen: set[int] = set()
+    for domain, root in enumerate(files.roots):
+        generator = torch.Generator().manual_seed(seed)  # the order of the folders plays no part
+        by_class: dict[int, list[int]] = {}
+        for index, label in enumerate(files.labels):
+            if files.domains[index] == domain:
+                by_class.setdefault(label, []).append(index)
+        for label in sorted(by_class):
+            members = by_class[label]
+            if isinstance(amount, int) and amount > len(members):
+                raise ConfigurationError(
+                    f"Expected `{flag}` to be no more than a class has training images, but got {amount}, and "
+                    f"{files.classes[label]!r} has {len(members)} under '{root}'."
+                )
+            count = amount if isinstance(amount, int) else max(1, round(amount * len(members)))
+            order = torch.randperm(len(members), generator=generator).tolist()
+            chosen.update(members[i] for i in order[:count])
+    return sorted(chosen), [index for index in range(len(files)) if index not in chosen]
+
+
 def stratified_split(labels: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:
     """Indices split at random, each class by itself.
 

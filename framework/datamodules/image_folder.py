@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.utils.data import DataLoader
 
 from framework.batch import LabelledBatch
-from framework.datamodules.base import ImageDataModule, _fraction
+from framework.datamodules.base import ImageDataModule, _at_least, _fraction
 from framework.datamodules.datasets import ImagesWithPaths, LabelledImages
 from framework.datamodules.folders import (
     ImageFiles,
@@ -34,13 +34,24 @@ class ImageFolderDataModule(ImageDataModule):
         root: the folder.
         test_fraction: share of one folder held out for ``test``.
         predict: folder of images for ``predict``; default: the test images.
+        views: how many random views of each training image a batch holds, for the methods that compare them; above 1
+            the images of a training batch are ``[N, views, 3, H, W]``.
         options: those of :class:`~framework.datamodules.base.ImageDataModule`.
     """
 
     batch_type: ClassVar[type] = LabelledBatch
 
-    def __init__(self, root: str, *, test_fraction: float = 0.2, predict: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        *,
+        test_fraction: float = 0.2,
+        predict: str | None = None,
+        views: int = 1,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        _at_least("--data.views", views, 1)
         _fraction("--data.test_fraction", test_fraction)
         if test_fraction + self.val_fraction >= 1:
             raise ConfigurationError(
@@ -48,6 +59,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"are {test_fraction} and {self.val_fraction}."
             )
         self.root, self.test_fraction, self.predict = root, test_fraction, predict
+        self.views = views
 
     def _part(self, name: str) -> Path | None:
         part = Path(self.root).expanduser() / name
@@ -92,6 +104,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.train_files, self.test_files = files.subset(train), files.subset(test)
         self.val_files = files.subset(val or train)
         self._splits = {"train": self.train_files, "val": self.val_files, "test": self.test_files}
+        self.train_files, self.val_files = self._with_few_labels(self.train_files, self.val_files)
 
     def _read_parts(self, stage: str, classes: list[str]) -> None:
         train_folder, val_folder, test_folder = self._part("train"), self._part("val"), self._part("test")
@@ -108,6 +121,7 @@ class ImageFolderDataModule(ImageDataModule):
             val, kept = stratified_split(train.labels, [self.val_fraction], self.seed)
             self.train_files, self.val_files = train.subset(kept), train.subset(val or kept)
             self._splits = {"train": self.train_files, "val": self.val_files}
+        self.train_files, self.val_files = self._with_few_labels(self.train_files, self.val_files)
 
     def _labelled(self, folder: Path, classes: list[str]) -> ImageFiles:
         files = labelled_images(folder, "--data.root", classes)
@@ -117,6 +131,10 @@ class ImageFolderDataModule(ImageDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream of labelled images cut into epochs."""
         return self._train_loader(self.train_files, self.batch_size, self._steps(len(self.train_files)))
+
+    def unaugmented_train_dataloader(self) -> DataLoader[Any]:
+        """All labelled training images as evaluation sees them, each once over all processes, in a fixed order."""
+        return self._eval_loader(LabelledImages(self.train_files, self.eval_transform), "--data.root")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Labelled validation images."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
 from framework.errors import ConfigurationError
 
 Crop = Literal["random_resized", "pad", "center", "none"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def training_transform(image_size: int, resize_size: int, crop: Crop, horizontal_flip: bool) -> v2.Transform:
@@ -41,6 +40,25 @@ def training_transform(image_size: int, resize_size: int, crop: Crop, horizontal
     if horizontal_flip:
         steps.append(v2.RandomHorizontalFlip())
     return v2.Compose(steps)
+
+
+class Views(v2.Transform):  # type: ignore[misc]
+    """Several random views of one image: uint8 ``[3, H, W]`` to ``[views, 3, image_size, image_size]``.
+
+    The first one is the view that the transform alone would make from the same random numbers.
+
+    Args:
+        transform: the random transform.
+        views: how many.
+    """
+
+    def __init__(self, transform: v2.Transform, views: int) -> None:
+        super().__init__()
+        self.view, self.views = transform, views
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The views, stacked."""
+        return torch.stack([self.view(image) for _ in range(self.views)])
 
 
 def evaluation_transform(image_size: int, resize_size: int, crop: Crop) -> v2.Transform:

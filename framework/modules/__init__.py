@@ -3,7 +3,8 @@
 from framework.modules import adaptation, transfer
 from framework.modules.adaptation import *  # noqa: F403  (a new method is one import line, there)
 from framework.modules.base import ImageClassifier
+from framework.modules.ensemble import PredictionEnsemble
 from framework.modules.residual import ResidualClassifier
 from framework.modules.transfer import *  # noqa: F403
 
-__all__ = [*adaptation.__all__, *transfer.__all__, "ImageClassifier", "ResidualClassifier"]
+__all__ = [*adaptation.__all__, *transfer.__all__, "ImageClassifier", "PredictionEnsemble", "ResidualClassifier"]

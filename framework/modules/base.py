@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -16,12 +16,16 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from framework.batch import LabelledBatch, PredictionBatch
 from framework.errors import ConfigurationError, did_you_mean
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, step_decay
+from framework.initialization import Initialization
 from framework.metrics import test_metrics
-from framework.networks import Bottleneck, NetworkOutputs, create_backbone
+from framework.networks import Bottleneck, NetworkOutputs, Preprocessing, create_backbone
+from framework.networks.preprocessing import check_image_size
 from framework.progress import batches_processed
+from framework.reports import report
 from framework.running_means import RunningMeans
 from framework.seeding import global_seed
 
+Module = TypeVar("Module", bound=nn.Module)
 Schedule = Literal["constant", "inverse_decay", "cosine", "step"]
 
 SCHEDULES: dict[str, Callable[..., float]] = {
@@ -53,8 +57,12 @@ class ImageClassifier(L.LightningModule):
     Args:
         num_classes: number of classes ``K``; the command line takes it from the data.
         backbone: name of the backbone, see :func:`framework.networks.create_backbone`.
-        weights: pretrained weights of the backbone: a torchvision name such as ``DEFAULT``, the path of a local file,
-            or None to start at random.
+        weights: pretrained weights of the backbone: ``DEFAULT`` or another name of torchvision's, the path of a local
+            file, or None to start at random.
+        weights_by_order: the file names its tensors otherwise, but holds the same in the same order.
+        init_from: a checkpoint of any classifier of this framework to start from, in place of ``weights``: its
+            backbone, which must fit, and its bottleneck and head where they fit. What was taken and what is new is
+            reported at the start of ``fit``. The head is new where the data's classes are others.
         backbone_options: more arguments of the backbone, such as ``{stochastic_depth: 0.1}``.
         bottleneck_features: width ``D`` of the layer between backbone and head; 0 for none.
         bottleneck_normalization: ``batch`` or ``none``, after the bottleneck's linear layer.
@@ -70,6 +78,8 @@ class ImageClassifier(L.LightningModule):
             ``{milestones: [...], factor: 0.1}``.
         schedule_options: arguments of the schedule.
         compile: run the backbone (and an alignment loss) through ``torch.compile``.
+        channels_last: keep the backbone's images and weights with the channels as the innermost dimension in memory:
+            the same numbers but for rounding, faster for convolutions on many devices.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
@@ -78,12 +88,17 @@ class ImageClassifier(L.LightningModule):
     batch_type: ClassVar[type] = LabelledBatch
     """What a training batch is; a datamodule of the framework says what it serves by the same name."""
 
+    views: ClassVar[tuple[int, ...]] = (1,)
+    """How many views of a training image the module can take, see ``--data.views``."""
+
     def __init__(
         self,
         num_classes: int,
         *,
         backbone: str = "resnet18",
         weights: str | None = None,
+        weights_by_order: bool = False,
+        init_from: str | None = None,
         backbone_options: dict[str, Any] | None = None,
         bottleneck_features: int = 0,
         bottleneck_normalization: Literal["batch", "none"] = "batch",
@@ -97,6 +112,7 @@ class ImageClassifier(L.LightningModule):
         schedule: Schedule = "constant",
         schedule_options: dict[str, Any] | None = None,
         compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -113,7 +129,13 @@ class ImageClassifier(L.LightningModule):
         self.schedule, self.schedule_options = schedule, _schedule_options(schedule, schedule_options)
         self.compile_networks = compile
 
-        self.backbone = create_backbone(backbone, weights, **(backbone_options or {}))
+        self._initialization = _initialization(init_from, weights)
+        network = create_backbone(backbone, weights, weights_by_order=weights_by_order, **(backbone_options or {}))
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+            network.register_forward_pre_hook(_to_channels_last)
+        self.backbone = self.started("backbone", network)
+        self.preprocessing: Preprocessing = self.backbone.preprocessing  # type: ignore[assignment]
         self.bottleneck: nn.Module = nn.Identity()
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         if bottleneck_features:
@@ -121,7 +143,9 @@ class ImageClassifier(L.LightningModule):
                 self.num_features, bottleneck_features, bottleneck_normalization, bottleneck_dropout
             )
             self.num_features = bottleneck_features
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.bottleneck = self.started("bottleneck", self.bottleneck)
+        self.head = self.started("head", nn.Linear(self.num_features, num_classes))
+        self.class_names: list[str] | None = None  # of the data that it was trained on
 
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_metrics = test_metrics(num_classes)
@@ -129,6 +153,16 @@ class ImageClassifier(L.LightningModule):
         self._means = RunningMeans()
 
     # ------------------------------------------------------------------ network
+    def started(self, name: str, module: Module) -> Module:
+        """The same module, begun as the part ``name`` of the checkpoint that ``init_from`` gives, if it fits.
+
+        Backbone, bottleneck and head come through here; so must a head that a method puts in the place of the base's,
+        before its batch norms become domain-specific.
+        """
+        if self._initialization is not None:
+            self._initialization.load(name, module)
+        return module
+
     def outputs(self, images: Tensor) -> NetworkOutputs:
         """Features ``[N, D]`` and logits ``[N, K]`` of images ``[N, 3, H, W]``."""
         features = self.bottleneck(self.backbone(images))
@@ -153,6 +187,30 @@ class ImageClassifier(L.LightningModule):
                 f"Expected `--data` to serve a {self.batch_type.__name__}, on which {type(self).__name__} trains, but "
                 f"{type(data).__name__} serves a {given.__name__}."
             )
+        views = getattr(data, "views", 1)
+        if views not in self.views and self.trainer.state.fn == "fit":
+            raise ConfigurationError(
+                f"Expected `--data.views` to be {' or '.join(map(str, self.views))}, on which {type(self).__name__} "
+                f"trains, but got {views}."
+            )
+        image_size = getattr(data, "image_size", None)
+        if image_size is not None and self.trainer.state.fn == "fit":
+            check_image_size(self.backbone, str(self.hparams.get("backbone")), image_size)
+
+    def setup(self, stage: str) -> None:
+        """Know the data's classes; a head that has learned others, though as many, begins anew."""
+        if str(getattr(stage, "value", stage)) != "fit":
+            return
+        names = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        self.class_names = None if names is None else [str(name) for name in names]
+        if self._initialization is not None:  # before a checkpoint is restored, which then has the last word
+            self._initialization.compare_classes(self.class_names, dict(self.named_children()))
+
+    def on_fit_start(self) -> None:
+        """Say once what the run started from, now that all parts are built; not where it goes on from another."""
+        if self._initialization is not None and not self.trainer.ckpt_path:
+            report(self._initialization.account())
+        self._initialization = None
 
     # ------------------------------------------------------------------ training
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
@@ -268,11 +326,40 @@ class ImageClassifier(L.LightningModule):
         so already), and it holds its weights, so that building the backbone must not fetch others.
         """
         hyperparameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
-        hyperparameters["weights"] = None
+        hyperparameters["weights"] = hyperparameters["init_from"] = None
+        if self.class_names is not None:
+            checkpoint["class_names"] = self.class_names
+        # of the images that it was trained on, which the data's options may have changed
+        data = self.trainer.datamodule if self.trainer.state.fn == "fit" else None  # type: ignore[attr-defined]
+        used = getattr(data, "preprocessing", None)
+        checkpoint["preprocessing"] = (used if isinstance(used, Preprocessing) else self.preprocessing).plain()
         cls = type(self)
         if cls.__module__ != "__main__":  # that name would mean another module when it is loaded
             hyperparameters.setdefault("_class_path", f"{cls.__module__}.{cls.__qualname__}")
             hyperparameters.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Know the classes that it was trained on, if no data has named others."""
+        if self.class_names is None:
+            self.class_names = checkpoint.get("class_names")
+        if "preprocessing" in checkpoint:  # older ones have none
+            self.preprocessing = Preprocessing.of(checkpoint["preprocessing"], "the checkpoint")
+            object.__setattr__(self.backbone, "preprocessing", self.preprocessing)
+
+
+def _to_channels_last(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(images.contiguous(memory_format=torch.channels_last) for images in inputs)
+
+
+def _initialization(init_from: str | None, weights: str | None) -> Initialization | None:
+    if init_from is None:
+        return None
+    if weights is not None and weights.lower() != "none":
+        raise ConfigurationError(
+            f"Expected `--model.init_from` or `--model.weights`, both of which give the backbone its weights, but got "
+            f"{init_from!r} and {weights!r}. For the first add `--model.weights none`."
+        )
+    return Initialization(init_from)
 
 
 def at_least_zero(flag: str, value: float) -> None:

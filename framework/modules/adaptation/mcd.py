@@ -36,6 +36,9 @@ class MCD(DomainAdaptation):
     processes; gradients are neither clipped nor accumulated. ``compile`` compiles the backbone; the rest of the loop is
     three small losses between updates, nothing that a graph could hold together.
 
+    With SGD, backbone and bottleneck learn without momentum, as in the paper's code and TLlib: a buffer common to the
+    steps would repeat the gradient of step A in every step C after it.
+
     Logs ``train/discrepancy`` of the last step C, ``train/discrepancy_of_heads`` that step B left, before C, and
     ``train/head_agreement``, the share of target images for which both heads then predict one class.
 
@@ -77,7 +80,7 @@ class MCD(DomainAdaptation):
         self.automatic_optimization = False
         self.generator_steps, self.class_balance = generator_steps, class_balance
 
-        def head() -> nn.Module:
+        def head(name: str) -> nn.Module:
             network = MLPHead(
                 self.num_features,
                 num_classes,
@@ -86,9 +89,11 @@ class MCD(DomainAdaptation):
                 classifier_normalization,
                 classifier_layers,
             )
+            network = self.started(name, network)
             return convert_domain_specific(network) if self.batch_norm == "domain_specific" else network
 
-        self.head, self.second_head = head(), head()  # type: ignore[assignment]  # they must not start alike
+        # they must not start alike
+        self.head, self.second_head = head("head"), head("second_head")  # type: ignore[assignment]
 
     def prepare_data(self) -> None:
         """Refuse a DDP that waits for gradients of parameters that a step leaves alone."""
@@ -198,6 +203,15 @@ class MCD(DomainAdaptation):
         return found
 
     # ------------------------------------------------------------------ how a step is made
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """As every method's, but for the momentum of what step C trains."""
+        groups = super().parameter_groups()
+        if issubclass(self.optimizer_class, torch.optim.SGD):
+            for group in groups:
+                if group["name"] in ("backbone", "bottleneck"):
+                    group |= {"momentum": 0.0, "nesterov": False}
+        return groups
+
     def _update(self, loss: Tensor) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)

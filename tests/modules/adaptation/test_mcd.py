@@ -54,6 +54,25 @@ def test_each_step_trains_its_parts_and_leaves_the_others_alone(policy: str, dom
         assert changed == steps.parts[index]  # not by momentum or weight decay either
 
 
+def test_step_c_does_not_repeat_the_gradient_of_step_a(domains: Path) -> None:
+    """As a momentum that the steps share would, four times a batch: the features then learn the source only faster."""
+
+    def trained(steps: int) -> Any:
+        options = {"generator_steps": steps, "trade_off": 0.0, "batch_norm": "separate"}
+        return contract.fit(MCD, domains, model={**options, "weight_decay": 0.0, "schedule": "constant"}, **ONE_EPOCH)
+
+    few, many = trained(1), trained(4)
+    for (name, mine), theirs in zip(few.named_parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+    assert {group["name"]: group["momentum"] for group in few.optimizers().param_groups} == {
+        "backbone": 0.0,
+        "bottleneck": 0.0,
+        "head": 0.9,
+        "second_head": 0.9,
+    }
+    contract.fit(MCD, domains, model={"optimizer": "Adam"}, **ONE_EPOCH)  # it has no momentum to leave out
+
+
 @pytest.mark.parametrize(
     ("policy", "images"),
     [("joint", [8, 8, 8, 8]), ("separate", [4, 4, 4, 4, 4]), ("domain_specific", [4, 4, 4, 4, 4])],
@@ -118,7 +137,7 @@ def test_against_a_plain_loop(policy: str, weight: float) -> None:
     heads = [reference.head, reference.second_head]
     settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     groups = [{"params": reference.backbone.parameters(), "lr": 0.05}, {"params": reference.bottleneck.parameters()}]
-    optimizer_g = torch.optim.SGD(groups, lr=0.1, **settings)
+    optimizer_g = torch.optim.SGD(groups, lr=0.1, weight_decay=0.01)  # without momentum, as published
     optimizer_f = torch.optim.SGD([p for head in heads for p in head.parameters()], lr=0.1, **settings)
 
     def probabilities(images: DomainBatch) -> tuple[list[Tensor], list[Tensor]]:
@@ -217,7 +236,7 @@ def test_linear_heads() -> None:
     assert len(module.head) == 1
 
 
-def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle: float = 75.0) -> float:
+def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle: float = 70.0) -> float:
     """Target accuracy where the two clusters of the source are turned in the target."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -228,7 +247,7 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
         return (2.0 * labels - 1)[:, None] * centre + 0.4 * torch.randn(count, 2, generator=generator), labels
 
     batches = []
-    for _ in range(40):
+    for _ in range(100):
         source, labels = sample(64, 0.0)
         batches.append(DomainBatch(LabelledBatch(source, labels), sample(64, angle)[0]))
     module = method(
@@ -239,7 +258,7 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
         classifier_layers=1,
         classifier_dropout=0.0,
         classifier_normalization="none",
-        learning_rate=0.05,
+        learning_rate=0.3,
         backbone_learning_rate_factor=1.0,
         trade_off=trade_off if adapt else 0.0,
     )
@@ -250,8 +269,8 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
 
 @pytest.mark.parametrize("method", [MCD, SWD])
 def test_it_helps_on_a_toy(method: type[MCD]) -> None:
-    assert toy(method, False, seed=1, angle=80.0) < 0.94
-    assert toy(method, True, seed=1, angle=80.0) > 0.985
+    for seed in (1, 3):
+        assert toy(method, True, seed) > max(0.98, toy(method, False, seed) + 0.02)
 
 
 def test_the_heads_part_and_the_features_bring_them_together() -> None:

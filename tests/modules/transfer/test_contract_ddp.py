@@ -1,0 +1,33 @@
+"""The contract under two processes: equal ranks, exact resume, and the single process with the doubled batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transfer_contract as contract
+import transfer_ddp_job as job
+
+
+def test_every_method(tmp_path: Path, images: Callable[..., Path]) -> None:
+    """One job for all, in a single test: starting two processes takes longer than training in them."""
+    folder, output = contract.prepare(tmp_path, images), tmp_path / "result.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, job.__file__, str(folder), str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())
+    assert result.keys() == {case.name for case in contract.cases()}
+    wrong = [f"{name}, {what}" for name, found in result.items() for what, holds in found.items() if not holds]
+    assert not wrong
+
+    one = contract.fit(job.GRADUAL, folder, data={"batch_size": 8, "image_size": 32}, **job.DOUBLE)
+    for strategy in job.STRATEGIES:
+        two = torch.load(output.with_suffix(f".{strategy}.pt"), weights_only=True)
+        for name, value in contract.weights(one).items():
+            torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-10, msg=f"{strategy}, {name}")
