@@ -1,25 +1,29 @@
-"""Compare methods: every method on every pair of domains with every seed, one run after the other, and the table.
+"""Compare methods: every method on every data file with every seed, one run after the other, and the table.
 
     python experiments/compare_methods.py --data experiments/data/mnist_to_optdigits.yaml --methods all --seeds 3
+    python experiments/compare_methods.py --data experiments/data/solar_cells_poly.yaml --labels_per_class 0.1 1.0 \
+        --methods full full:weights=none l2_sp:trade_off=0.1 --baseline full:weights=none --score mean_class_accuracy
+
+A method is a file of experiments/methods, for pairs of domains, or of experiments/transfer, for one labelled folder;
+``NAME:option=value,option=value`` changes options of the model, after those of both files.
 
 Each run is a cell, kept in ``lightning_logs/<experiment>/cells`` under a hash of what it depends on: method, options,
 the files of the data and their names, seed; not where things lie. A finished cell is not run again, so that an
 interrupted comparison goes on where it stopped and a method more costs its own runs only. (The code is not part of the
 hash: give another ``--experiment`` after a change of the framework.) A failed cell is reported, and the rest goes on.
 
-Accuracies are those of the last weights on the target's test images. No target label chooses anything.
+Scores are those of the last weights on the test images (the target's). No label of a test image chooses anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -33,23 +37,24 @@ from typing import Any
 
 import lightning.pytorch as L
 import yaml
+from comparison_table import SCORES, student_t, write_csv, write_markdown
 
 import framework
 from framework.errors import ConfigurationError, did_you_mean
 
-METHODS = Path(__file__).resolve().parent / "methods"
-BASELINE = "source_only"
-FOLDERS = ("source", "target", "source_val", "target_val", "target_test", "predict")
+HERE = Path(__file__).resolve().parent
+PAIR = "DomainPairDataModule"
+METHODS = {PAIR: HERE / "methods", "ImageFolderDataModule": HERE / "transfer"}
+BASELINES = {PAIR: "source_only", "ImageFolderDataModule": "full"}
+FOLDERS = ("root", "source", "target", "source_val", "target_val", "target_test", "predict")
 # where a run is done and what it shows, not what comes out
 ASIDE = {"data": {"num_workers", "eval_batch_size", "check_images", "predict"}, "trainer": {"enable_progress_bar"}}
-SCORES = ["accuracy", "mean_class_accuracy", "macro_f1", "calibration_error"]
-COLUMNS = ["pair", "method", "seed", *SCORES, "seconds_per_step", "steps", "warnings", "status", "run", "cell"]
 
 
 # ---------------------------------------------------------------------- what a cell is
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on a pair with a seed, and everything that it depends on."""
+    """One run: a method on some data with a seed, and everything that it depends on."""
 
     method: str
     pair: str
@@ -58,6 +63,7 @@ class Cell:
     model: dict[str, Any]
     data: dict[str, Any]
     trainer: dict[str, Any]
+    data_class: str = PAIR
 
     def key(self, digest: Callable[[str], str]) -> str:
         """Hash of the configuration and of the data, without paths."""
@@ -67,7 +73,13 @@ class Cell:
                 folders = data[name] if isinstance(data[name], list) else [data[name]]
                 data[name] = [digest(folder) for folder in folders]
         trainer = {name: value for name, value in self.trainer.items() if name not in ASIDE["trainer"]}
-        content = {"class": self.class_name, "model": self.model, "data": data, "trainer": trainer, "seed": self.seed}
+        model = dict(self.model)
+        for name in ("weights", "init_from"):
+            if model.get(name) and Path(model[name]).is_file():
+                model[name] = digest(model[name])
+        content = {"class": self.class_name, "model": model, "data": data, "trainer": trainer, "seed": self.seed}
+        if self.data_class != PAIR:
+            content["data_class"] = self.data_class
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -80,22 +92,47 @@ def read(path: Path) -> dict[str, Any]:
     return content  # type: ignore[no-any-return]
 
 
-def compose(method: str, pair: Path, seed: int, trainer: dict[str, Any]) -> Cell:
-    """Method file, then data file, then ``trainer``: what comes later wins, as on the command line."""
-    chosen, configuration = read(METHODS / f"{method}.yaml")["model"], read(pair)
-    if "data" not in configuration:
-        raise ConfigurationError(f"Expected `--data` to name files as in experiments/data, but '{pair}' has no `data`.")
+def compose(
+    method: str, pair: Path, seed: int, trainer: dict[str, Any], labels_per_class: int | float | None = None
+) -> Cell:
+    """Method file, then data file, then what was given here: what comes later wins, as on the command line."""
+    configuration, kind = read(pair), data_class(pair)
+    name, _, overrides = method.partition(":")
+    chosen = read(METHODS[kind] / f"{name}.yaml")["model"]
     model = chosen.get("init_args", {}) | configuration.get("model", {}).get("init_args", {})
+    model |= {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in _items(overrides))}
     options = configuration.get("trainer", {}) | trainer
-    return Cell(method, pair.stem, seed, chosen["class_path"], model, configuration["data"]["init_args"], options)
+    data, title = configuration["data"]["init_args"], pair.stem
+    if labels_per_class is not None:
+        data, title = data | {"labels_per_class": labels_per_class}, f"{title}, labels {labels_per_class}"
+    return Cell(method, title, seed, chosen["class_path"], model, data, options, kind)
+
+
+def data_class(pair: Path) -> str:
+    """The datamodule of a data file."""
+    kind = read(pair).get("data", {}).get("class_path")
+    if kind not in METHODS:
+        raise ConfigurationError(
+            f"Expected `--data` to name files as in experiments/data, with `data.class_path` {' or '.join(METHODS)}, "
+            f"but '{pair}' has {kind!r}."
+        )
+    return str(kind)
+
+
+def _items(overrides: str) -> list[str]:
+    items = [item for item in overrides.split(",") if item]
+    for item in items:
+        if "=" not in item:
+            raise ConfigurationError(f"Expected `--methods NAME:option=value,option=value`, but got {item!r} in it.")
+    return items
 
 
 def folder_digest(folder: str, known: dict[str, str] | None = None) -> str:
-    """Hash of the files below a folder, names and bytes; empty where there is no folder (the run will say so)."""
+    """Hash of a file, or of the files below a folder, names and bytes; where there is none the run will say so."""
     known = {} if known is None else known
     if folder not in known:
-        digest = hashlib.sha256()
         root = Path(folder)
+        digest = hashlib.sha256(root.read_bytes() if root.is_file() else b"")
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -126,8 +163,9 @@ class Progress(L.Callback):
             self.intervals.append((self.times[-1] - self.times[0]) / (len(self.times) - 1))
         done, planned = trainer.current_epoch + 1, trainer.max_epochs or 1
         seconds = time.monotonic() - self.start
-        accuracy = float(trainer.callback_metrics.get("val/source_accuracy", float("nan")))
-        line = f"{self.title}: epoch {done} of {planned}, {seconds:.0f} s, source validation {accuracy:.1%}"
+        scores = trainer.callback_metrics
+        accuracy = float(scores.get("val/source_accuracy", scores.get("val/accuracy", float("nan"))))
+        line = f"{self.title}: epoch {done} of {planned}, {seconds:.0f} s, validation {accuracy:.1%}"
         line += self.remaining(seconds * (planned / done - 1))
         if sys.stdout.isatty():
             columns = shutil.get_terminal_size().columns
@@ -146,10 +184,10 @@ def run(cell: Cell, experiment: str, progress: Progress) -> dict[str, Any]:
     L.seed_everything(cell.seed, verbose=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        data = framework.DomainPairDataModule(**copy.deepcopy(cell.data))
+        data = getattr(framework, cell.data_class)(**copy.deepcopy(cell.data))
         model = getattr(framework, cell.class_name)(data.num_classes, **copy.deepcopy(cell.model))
         trainer = framework.Trainer(
-            experiment=f"{experiment}/{cell.pair}/{cell.method}",
+            experiment="/".join([experiment, *(re.sub(r"[^\w.=-]+", "_", part) for part in (cell.pair, cell.method))]),
             enable_progress_bar=False,
             callbacks=[progress],
             **cell.trainer,
@@ -226,84 +264,6 @@ def fill(cells: list[Cell], experiment: str) -> list[dict[str, Any]]:
     return rows
 
 
-# ---------------------------------------------------------------------- tables
-def write_csv(rows: list[dict[str, Any]]) -> str:
-    """One line a cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def paired_gain(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, float] | None:
-    """Mean gain over the baseline on common seeds, and half the width of its 95 % confidence interval (Student's t);
-    NaN for the second with a single seed, None without any."""
-    gains = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-    if not gains:
-        return None
-    if len(gains) == 1:
-        return gains[0], float("nan")
-    quantile = student_t(len(gains) - 1)
-    return statistics.mean(gains), quantile * statistics.stdev(gains) / len(gains) ** 0.5
-
-
-def student_t(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t distribution."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise ConfigurationError(
-            "Expected SciPy for the confidence interval, but it is not installed: "
-            "pip install 'transfer-framework[comparison]'."
-        ) from error
-    return float(t.ppf(0.975, degrees))
-
-
-def _mean_and_deviation(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
-
-
-def write_markdown(rows: list[dict[str, Any]], methods: list[str], pairs: list[str], to: str = BASELINE) -> str:
-    """One line a method and pair, best first: means over the seeds with standard deviations (n - 1), the gain over the
-    method ``to`` and the time of a step relative to its."""
-    head = ["target", "method", "accuracy, %", "class mean, %", f"gain over {to} ± 95 %", "step time", "seeds"]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for pair in pairs:
-        finished = [row for row in rows if row["pair"] == pair and row["status"] == "finished"]
-        of = {method: {row["seed"]: row for row in finished if row["method"] == method} for method in methods}
-        failed = {row["method"] for row in rows if row["pair"] == pair and row["status"] != "finished"}
-        baseline = of.get(to, {})
-        target = pair.split("_to_", 1)[-1]
-
-        def accuracies(method: str, of: dict[str, dict[int, dict[str, Any]]] = of) -> dict[int, float]:
-            return {seed: row["accuracy"] for seed, row in of[method].items()}
-
-        def mean(method: str, accuracies: Callable[[str], dict[int, float]] = accuracies) -> float:
-            return statistics.mean(accuracies(method).values())
-
-        for method in sorted((method for method in methods if of[method]), key=mean, reverse=True):
-            cells = of[method]
-            gain, ratio = "", ""
-            paired = paired_gain(accuracies(method), accuracies(to)) if baseline else None
-            if paired is not None and method != to:
-                interval = f" ± {100 * paired[1]:.1f}" if paired[1] == paired[1] else ""
-                gain = f"{100 * paired[0]:+.1f}{interval}"
-            common = sorted(cells.keys() & baseline.keys())
-            if common:
-                times = [cells[seed]["seconds_per_step"] / baseline[seed]["seconds_per_step"] for seed in common]
-                ratio = f"{statistics.median(times):.2f}"
-            scores = _mean_and_deviation(list(accuracies(method).values()))
-            classes = _mean_and_deviation([row["mean_class_accuracy"] for row in cells.values()])
-            count = f"{len(cells)}" + (", others failed" if method in failed else "")
-            lines.append(f"| {target} | {method} | {scores} | {classes} | {gain} | {ratio} | {count} |")
-        lines += [
-            f"| {target} | {method} | failed | | | | 0 |" for method in methods if method in failed and not of[method]
-        ]
-    return "\n".join(lines) + "\n"
-
-
 # ---------------------------------------------------------------------- command line
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
@@ -311,10 +271,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--data", nargs="+", required=True, type=Path, metavar="YAML", help="as in experiments/data")
     parser.add_argument(
-        "--methods", nargs="+", default=["all"], metavar="NAME", help="experiments/methods/NAME.yaml, or all"
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help="files of experiments/methods (pairs of domains) or experiments/transfer (one folder), with "
+        "NAME:option=value for changes; or all",
     )
+    parser.add_argument("--baseline", metavar="NAME", help="what gains are over; default: source_only, or full")
+    parser.add_argument("--score", choices=SCORES[:3], default="accuracy", help="what gains are in (default: accuracy)")
     parser.add_argument(
-        "--baseline", default=BASELINE, metavar="NAME", help="the method that gains are measured against"
+        "--labels_per_class",
+        nargs="+",
+        type=yaml.safe_load,
+        default=[None],
+        metavar="N",
+        help="labelled training images of each class: a whole number, or a share such as 0.1; each is a block of rows",
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0 to SEEDS - 1")
     parser.add_argument("--epochs", type=int, help="epochs of each run; default: what the data's file says")
@@ -322,15 +294,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_methods(names: list[str]) -> list[str]:
-    """The method files asked for, source-only first."""
-    known = sorted((path.stem for path in METHODS.glob("*.yaml")), key=lambda name: (name != BASELINE, name))
+def chosen_methods(names: list[str], kind: str = PAIR) -> list[str]:
+    """The methods asked for, for a kind of datamodule; all of them with the baseline first."""
+    folder, first = METHODS[kind], BASELINES[kind]
+    known = sorted((path.stem for path in folder.glob("*.yaml")), key=lambda name: (name != first, name))
     if names == ["all"]:
         return known
     for name in names:
-        if name not in known:
+        if name.partition(":")[0] not in known:
             raise ConfigurationError(
-                f"Expected `--methods` to name files of experiments/methods, but got {name!r}. "
+                f"Expected `--methods` to name files of experiments/{folder.name}, but got {name!r}. "
                 f"{did_you_mean(name, known)}"
             )
     return names
@@ -344,15 +317,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.seeds < 1 or (options.epochs is not None and options.epochs < 1):
             raise ConfigurationError("Expected `--seeds` and `--epochs` to be 1 or more.")
-        methods = chosen_methods(options.methods)
-        if options.baseline not in methods:
-            raise ConfigurationError(f"Expected `--baseline` to be among `--methods`, but got {options.baseline!r}.")
+        kinds = {data_class(pair) for pair in options.data}
+        if len(kinds) > 1:
+            raise ConfigurationError("Expected `--data` to be pairs of domains, or single folders, but got both.")
+        (kind,) = kinds
+        methods = chosen_methods(options.methods, kind)
+        baseline = options.baseline or BASELINES[kind]
+        if baseline not in methods:
+            raise ConfigurationError(f"Expected `--baseline` to be among `--methods`, but got {baseline!r}.")
         trainer = {"max_epochs": options.epochs} if options.epochs else {}
         # seed by seed, so that an interrupted comparison has all methods with few seeds and not the reverse
         cells = [
-            compose(method, pair, seed, trainer)
+            compose(method, pair, seed, trainer, labels)
             for seed in range(options.seeds)
             for pair in options.data
+            for labels in options.labels_per_class
             for method in methods
         ]
         if options.seeds > 1:
@@ -362,17 +341,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"compare_methods: error: {error}", file=sys.stderr)
         return 2
     folder = Path("lightning_logs") / options.experiment
-    text = write_markdown(rows, methods, [pair.stem for pair in options.data], options.baseline)
+    text = write_markdown(rows, methods, list(dict.fromkeys(c.pair for c in cells)), [baseline], options.score)
     (folder / "table.csv").write_text(write_csv(rows), encoding="utf-8")
     (folder / "table.md").write_text(text, encoding="utf-8")
-    print(f"\nAccuracy of the last weights on the target's test images; no target label was used.\n\n{text}")
+    print(f"\nScores of the last weights on the test images; no label of theirs was used.\n\n{text}")
     print(f"{time.monotonic() - start:.0f} s. {folder / 'table.md'}, {folder / 'table.csv'}; to see the runs:")
     print(f"    tensorboard --logdir {folder}")
     failed = [row for row in rows if row["status"] != "finished"]
     if failed:
         print(f"{len(failed)} of {len(rows)} cells failed; the same command tries them again.", file=sys.stderr)
         if any("does not exist" in row["status"] for row in failed):
-            print("The digits are written by `python scripts/prepare_digits.py`.", file=sys.stderr)
+            print("Data of this project is written by the scripts scripts/prepare_*.py.", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import compare_methods
+import comparison_table
 import numpy as np
 import pytest
 import scipy.stats
@@ -20,18 +21,9 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compare() -> ModuleType:
-    path = REPOSITORY / "experiments" / "compare_methods.py"
-    specification = importlib.util.spec_from_file_location("compare_methods", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    import sys
-
-    sys.modules["compare_methods"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    return compare_methods
 
 
 @pytest.fixture
@@ -144,15 +136,22 @@ def test_the_row_is_what_lightning_measured(compare: ModuleType, pair: Path) -> 
 
 
 def cell(method: str, seed: int, accuracy: float, seconds: float = 1.0) -> dict[str, Any]:
-    scores = {"accuracy": accuracy, "mean_class_accuracy": accuracy / 2, "seconds_per_step": seconds}
-    return {"pair": "a_to_b", "method": method, "seed": seed, "status": "finished", **scores}
+    scores = {"accuracy": accuracy, "mean_class_accuracy": accuracy / 2, "macro_f1": accuracy / 4}
+    return {
+        "pair": "a_to_b",
+        "method": method,
+        "seed": seed,
+        "status": "finished",
+        "seconds_per_step": seconds,
+        **scores,
+    }
 
 
-def test_table_against_independent_statistics(compare: ModuleType) -> None:
+def test_table_against_independent_statistics() -> None:
     source_only, dann = [0.5, 0.6, 0.55], [0.8, 0.7, 0.9]
     cells = [cell("source_only", seed, value) for seed, value in enumerate(source_only)]
     cells += [cell("dann", seed, value, seconds=2.0 + seed) for seed, value in enumerate(dann)]
-    lines = compare.write_markdown(cells, ["source_only", "dann"], ["a_to_b"]).splitlines()
+    lines = comparison_table.write_markdown(cells, ["source_only", "dann"], ["a_to_b"], ["source_only"]).splitlines()
     found = [[word.strip() for word in line.strip("|").split("|")] for line in lines[2:]]
     interval = scipy.stats.ttest_rel(dann, source_only).confidence_interval(0.95)
     half = 100 * (interval.high - interval.low) / 2
@@ -163,35 +162,93 @@ def test_table_against_independent_statistics(compare: ModuleType) -> None:
         "dann",
         f"{mean:.1f} ± {deviation:.1f}",
         f"{mean / 2:.1f} ± {deviation / 2:.1f}",
+        f"{mean / 4:.1f} ± {deviation / 4:.1f}",
         f"{gain:+.1f} ± {half:.1f}",
         "3.00",
         "3",
     ]
     assert found[1][:2] == ["b", "source_only"]
-    assert found[1][4:] == ["", "1.00", "3"]
+    assert found[1][5:] == ["", "1.00", "3"]
 
 
-def test_another_baseline(compare: ModuleType) -> None:
+def test_other_baselines_and_scores() -> None:
     cells = [cell("source_only", 0, 0.5), cell("dan", 0, 0.6, seconds=2.0), cell("dann", 0, 0.9, seconds=3.0)]
-    lines = compare.write_markdown(cells, ["source_only", "dan", "dann"], ["a_to_b"], "dan").splitlines()
+    names = ["source_only", "dan", "dann"]
+    lines = comparison_table.write_markdown(cells, names, ["a_to_b"], ["dan", "source_only"], "macro_f1").splitlines()
     assert "gain over dan " in lines[0]
-    assert lines[2] == "| b | dann | 90.0 | 45.0 | +30.0 | 1.50 | 1 |"
-    assert lines[3] == "| b | dan | 60.0 | 30.0 |  | 1.00 | 1 |"
+    assert lines[2] == "| b | dann | 90.0 | 45.0 | 22.5 | +7.5 | +10.0 | 1.50 | 1 |"
+    assert lines[3] == "| b | dan | 60.0 | 30.0 | 15.0 |  | +2.5 | 1.00 | 1 |"
+    assert len({line.count("|") for line in lines}) == 1
 
 
-def test_the_gain_is_paired_by_seed(compare: ModuleType) -> None:
-    gain, half = compare.paired_gain({0: 0.9, 1: 0.8, 5: 0.1}, {1: 0.7, 0: 0.8, 2: 0.0})
+def test_tables_of_finished_comparisons(compare: ModuleType, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(arguments(pair)) == 0
+    table = Path("lightning_logs/comparison/table.md").read_text()
+    capsys.readouterr()
+    assert comparison_table.main(["lightning_logs/comparison/table.csv", "--baselines", "source_only"]) == 0
+    assert capsys.readouterr().out == table
+    assert comparison_table.main(["lightning_logs/comparison/table.csv", "--baselines", "dann"]) == 2
+    assert "Did you mean 'dan'" in capsys.readouterr().err
+    assert comparison_table.main([str(pair), "--baselines", "dan"]) == 2
+    assert "table.csv" in capsys.readouterr().err
+
+
+def test_committed_rows_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    path = REPOSITORY / "experiments" / "comparison.csv"
+    assert comparison_table.main([str(path), "--baselines", "source_only", "no_alignment"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    committed = (REPOSITORY / "experiments" / "README.md").read_text()
+    for line in lines[2:]:  # the tables there have a title for the data and leave columns out
+        _, method, accuracy, class_mean, *_ = (word.strip() for word in line.strip("|").split("|"))
+        assert f"| {method} | {accuracy} | {class_mean} |" in committed
+
+
+def test_the_gain_is_paired_by_seed() -> None:
+    gain, half = comparison_table.paired_gain({0: 0.9, 1: 0.8, 5: 0.1}, {1: 0.7, 0: 0.8, 2: 0.0})
     assert (gain, half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
-    gain, half = compare.paired_gain({0: 0.9}, {0: 0.8})
+    gain, half = comparison_table.paired_gain({0: 0.9}, {0: 0.8})
     assert gain == pytest.approx(0.1)
     assert math.isnan(half)
-    assert compare.paired_gain({0: 0.9}, {1: 0.8}) is None
+    assert comparison_table.paired_gain({0: 0.9}, {1: 0.8}) is None
+
+
+def test_options_of_a_method_make_another_cell(compare: ModuleType, pair: Path) -> None:
+    names = ["source_only", "dan:trade_off=0.5,bottleneck_features=4"]
+    assert compare.main(["--data", str(pair), "--methods", *names, "--seeds", "1"]) == 0
+    second = rows()[1]
+    assert second["method"] == names[1]
+    changed = yaml.safe_load((Path("lightning_logs/comparison") / second["run"] / "hparams.yaml").read_text())
+    assert (changed["trade_off"], changed["bottleneck_features"]) == (0.5, 4)
+    assert compare.compose("dan", pair, 0, {}).model["trade_off"] != 0.5
+
+
+def test_one_folder_with_few_labels(
+    compare: ModuleType, pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = yaml.safe_load(pair.read_text())
+    small = {key: folder["data"]["init_args"][key] for key in ("batch_size", "steps_per_epoch", "image_size", "crop")}
+    folder["data"] = {
+        "class_path": "ImageFolderDataModule",
+        "init_args": {"root": "digits/source", "num_workers": 0, **small},
+    }
+    path = tmp_path / "ants.yaml"
+    path.write_text(yaml.safe_dump(folder))
+    words = ["--data", str(path), "--methods", "full", "frozen", "--seeds", "1", "--labels_per_class", "2", "1.0"]
+    assert compare.main([*words, "--score", "macro_f1"]) == 0
+    found = [(row["pair"], row["method"], row["status"]) for row in rows()]
+    assert found == [
+        (f"ants, labels {labels}", method, "finished") for labels in ("2", "1.0") for method in ("full", "frozen")
+    ]
+    assert all((Path("lightning_logs/comparison") / row["run"]).is_dir() for row in rows())
+    assert compare.main([*words, "--data", str(path), str(pair)]) == 2
+    assert "single folders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--methods", "sourceonly"], "'sourceonly'. Did you mean 'source_only'"),
+        (["--methods", "source_only", "dan:trade_off"], "'trade_off'"),
         (["--seeds", "0"], "`--seeds`"),
         (["--baseline", "dann"], "`--baseline` to be among `--methods`"),
         (["--data", "nowhere.yaml"], "nowhere.yaml"),

@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+import torchvision
 import yaml
 
 from framework.__main__ import main
-from framework.modules import DomainAdaptation
+from framework.datamodules import ImageFolderDataModule
+from framework.modules import DomainAdaptation, ResidualClassifier, TransferClassifier
 from framework.networks.backbones import create_backbone, list_backbones
+from framework.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXPERIMENTS = REPOSITORY / "experiments"
 METHODS = sorted((EXPERIMENTS / "methods").glob("*.yaml"))
+TRANSFER = sorted((EXPERIMENTS / "transfer").glob("*.yaml"))
 DATA = sorted((EXPERIMENTS / "data").glob("*.yaml"))
 WHOLE = sorted(EXPERIMENTS.glob("*.yaml"))  # model and data in one file
 FOLDERS = ("source", "target", "target_test", "source_val", "target_val")
@@ -45,12 +51,24 @@ SINGLE = [path for path in DATA if serves(path) == "ImageFolderDataModule"]
 COMPOSITIONS = [
     # each method with one pair in turn, and each pair with one method: the two kinds of file know nothing of each other
     *dict.fromkeys([*zip(METHODS, itertools.cycle(PAIRS)), *zip(itertools.cycle(METHODS), PAIRS)]),
+    *dict.fromkeys([*zip(TRANSFER, itertools.cycle(SINGLE)), *zip(itertools.cycle(TRANSFER), SINGLE)]),
     *itertools.product(WHOLE, SINGLE),
 ]
 SMALL = shlex.split(
     "--data.image_size 16 --data.resize_size 20 --data.batch_size 4 --data.num_workers 0 --model.backbone resnet8 "
     "--model.weights none --trainer.accelerator cpu --trainer.enable_progress_bar false"
 )
+
+
+def needs(path: Path) -> list[str]:
+    """Flags that give a file of experiments/transfer what it needs to run on the small folders."""
+    if path not in TRANSFER:
+        return []
+    if path.stem == "lora":
+        options = ["--model.backbone_options", "{img_size: 16, patch_size: 8, embed_dim: 24, depth: 2}"]
+        return ["--model.backbone", "timm/vit_tiny_patch16_224", *options]
+    teachers = ["--model.teachers", "[teacher.ckpt]"] if path.stem == "distillation" else []
+    return ["--model.weights", "weights.pth", *teachers]
 
 
 def name(path: Path | tuple[Path, ...]) -> str:
@@ -68,6 +86,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, images: Callable[..., Path
         for number, folder in enumerate(dict.fromkeys(named)):
             images(root / folder, ["bird", "dog"], count=7, seed=number)
     images(root / "photos", ["bird", "dog"], count=9)
+    source = create_backbone("resnet8").state_dict()
+    source |= {"fc.weight": torch.randn(5, 64), "fc.bias": torch.randn(5)}
+    torch.save(source, root / "weights.pth")
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1
+    )
+    data = ImageFolderDataModule(str(root / "photos"), batch_size=4, image_size=16, num_workers=0)
+    trainer.fit(ResidualClassifier(2, backbone="resnet8"), data)
+    trainer.save_checkpoint(root / "teacher.ckpt")
     return root
 
 
@@ -95,12 +122,12 @@ def assert_holds(options: dict[str, Any], expected: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------- what the files hold
 def test_every_yaml_is_of_a_kind_that_is_tested() -> None:
-    assert {*METHODS, *PAIRS, *SINGLE, *WHOLE} == set(EXPERIMENTS.rglob("*.yaml"))
+    assert {*METHODS, *TRANSFER, *PAIRS, *SINGLE, *WHOLE} == set(EXPERIMENTS.rglob("*.yaml"))
     assert METHODS
     assert PAIRS
     assert SINGLE
     assert WHOLE
-    for path in METHODS:
+    for path in (*METHODS, *TRANSFER):
         assert list(read(path)) == ["model"], path
     for path in DATA:
         content = read(path)
@@ -117,9 +144,12 @@ def test_every_method_has_a_file_and_every_file_a_method() -> None:
 
     # some have several files: the same loss with and without an option that has a name of its own
     assert {read(path)["model"]["class_path"] for path in METHODS} == subclasses(DomainAdaptation)
+    bases = {"RegularizedTransfer", "SourceTaskTransfer"}
+    learned = {"TransferClassifier", *subclasses(TransferClassifier)} - bases
+    assert {read(path)["model"]["class_path"] for path in TRANSFER} == learned
 
 
-@pytest.mark.parametrize("path", [*METHODS, *DATA, *WHOLE], ids=name)
+@pytest.mark.parametrize("path", [*METHODS, *TRANSFER, *DATA, *WHOLE], ids=name)
 def test_every_number_is_one(path: Path) -> None:
     """``1e-3`` is a text to YAML 1.1, which a script that reads these files would get."""
 
@@ -133,34 +163,43 @@ def test_every_number_is_one(path: Path) -> None:
     check(read(path))
 
 
-@pytest.mark.parametrize("path", [*METHODS, *DATA, *WHOLE], ids=name)
+@pytest.mark.parametrize("path", [*METHODS, *TRANSFER, *DATA, *WHOLE], ids=name)
 def test_its_backbone_and_weights_exist(path: Path) -> None:
     options = read(path).get("model", {}).get("init_args", {})
     if "backbone" in options:
-        assert options["backbone"] in list_backbones()
-        if options.get("weights"):
-            import torchvision
-
+        assert (
+            options["backbone"] in list_backbones() or options["backbone"].removeprefix("timm/") in timm.list_models()
+        )
+        if str(options.get("weights")).startswith("data/"):
+            create_backbone(options["backbone"])  # for the file, see below
+        elif options.get("weights"):
             assert options["weights"] in torchvision.models.get_model_weights(options["backbone"]).__members__
         else:
             create_backbone(options["backbone"], **options.get("backbone_options", {}))
 
 
-def test_the_digits_are_where_the_script_writes_them() -> None:
-    specification = importlib.util.spec_from_file_location("prepare", REPOSITORY / "scripts" / "prepare_digits.py")
-    assert specification is not None
-    assert specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    output = script.build_parser().get_default("output")
-    known = {str(output / domain) for domain in script.DIGITS.domains}
+@pytest.mark.parametrize("script", ["prepare_digits", "prepare_solar_cells"])
+def test_the_images_are_where_the_script_writes_them(script: str) -> None:
+    module = load(REPOSITORY / "scripts" / f"{script}.py")
+    output = module.build_parser().get_default("output")
+    known = {str(output / domain) for domain in module.build_parser().get_default("domains")}
     known |= {f"{folder}/{part}" for folder in known for part in ("train", "test")}
+    used_somewhere = False
     for path in DATA:
         options = read(path)["data"]["init_args"]
         used = {folder for key, value in options.items() if key in (*FOLDERS, "root") for folder in listed(value)}
-        digits = {folder for folder in used if folder.startswith(str(output))}
-        assert digits <= known, path
-        assert not digits or digits == used
+        written = {folder for folder in used if folder.startswith(f"{output}/")}
+        assert written <= known, path
+        assert not written or written == used
+        used_somewhere |= bool(written)
+    assert used_somewhere
+
+
+def test_the_weights_are_where_the_script_writes_them() -> None:
+    script = load(REPOSITORY / "scripts" / "prepare_lite0_weights.py")
+    output = str(script.build_parser().get_default("output") / script.FILE)
+    named = {str(read(path).get("model", {}).get("init_args", {}).get("weights")) for path in DATA}
+    assert {weights for weights in named if "/" in weights} == {output}
 
 
 # ---------------------------------------------------------------------- what they compose to
@@ -195,7 +234,7 @@ def test_flags_win_over_both_files(here: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("files", COMPOSITIONS, ids=name)
 def test_every_composition_runs(files: tuple[Path, Path], here: Path) -> None:
     before = set(here.rglob("*"))
-    assert main([*configs(*files), *SMALL, "--trainer.fast_dev_run", "true"]) == 0
+    assert main([*configs(*files), *SMALL, *needs(files[0]), "--trainer.fast_dev_run", "true"]) == 0
     assert set(here.rglob("*")) == before
 
 

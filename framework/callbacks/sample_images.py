@@ -35,7 +35,7 @@ class SampleImages(L.Callback):
         if isinstance(batch, DomainBatch):
             images = {**_by_domain(batch.source), "target": batch.target}
         elif isinstance(batch, LabelledBatch):
-            images = {"images": batch.images}
+            images = {"images": batch.images.flatten(0, -4)}  # several views of an image stand side by side
         else:
             return
         for logger in trainer.loggers:
