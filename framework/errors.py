@@ -29,3 +29,15 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 5) -> str:
         return f"Did you mean {' or '.join(repr(by_lower_case[n]) for n in near)}?"
     shown = ", ".join(repr(n) for n in names[:20])
     return f"Known: {shown}{', …' if len(names) > 20 else ''}."
+
+
+def at_least_zero(flag: str, value: float) -> None:
+    """Refuse a negative value."""
+    if value < 0:
+        raise ConfigurationError(f"Expected `{flag}` to be 0 or more, but got {value}.")
+
+
+def in_range(flag: str, value: float, low: float, high: float) -> None:
+    """Refuse a value outside ``[low, high)``."""
+    if not low <= value < high:
+        raise ConfigurationError(f"Expected `{flag}` to be at least {low} and below {high}, but got {value}.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 import lightning.pytorch as L
@@ -14,10 +12,15 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from framework.batch import LabelledBatch, PredictionBatch
-from framework.errors import ConfigurationError, did_you_mean
-from framework.functional.schedules import cosine_with_warmup, inverse_decay, step_decay
+from framework.errors import ConfigurationError, at_least_zero, in_range
 from framework.initialization import Initialization
 from framework.metrics import test_metrics
+from framework.modules.optimization import (
+    SCHEDULES,
+    Schedule,
+    checked_schedule_options,
+    optimizer_class_and_arguments,
+)
 from framework.networks import Bottleneck, NetworkOutputs, Preprocessing, create_backbone
 from framework.networks.preprocessing import check_image_size
 from framework.progress import batches_processed
@@ -26,13 +29,6 @@ from framework.running_means import RunningMeans
 from framework.seeding import global_seed
 
 Module = TypeVar("Module", bound=nn.Module)
-Schedule = Literal["constant", "inverse_decay", "cosine", "step"]
-
-SCHEDULES: dict[str, Callable[..., float]] = {
-    "inverse_decay": inverse_decay,
-    "cosine": cosine_with_warmup,
-    "step": step_decay,
-}
 
 
 class Predictions(TypedDict):
@@ -125,8 +121,10 @@ class ImageClassifier(L.LightningModule):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.learning_rate, self.backbone_learning_rate_factor = learning_rate, backbone_learning_rate_factor
-        self.optimizer_class, self.optimizer_arguments = _optimizer(optimizer, weight_decay, optimizer_options)
-        self.schedule, self.schedule_options = schedule, _schedule_options(schedule, schedule_options)
+        self.optimizer_class, self.optimizer_arguments = optimizer_class_and_arguments(
+            optimizer, weight_decay, optimizer_options
+        )
+        self.schedule, self.schedule_options = schedule, checked_schedule_options(schedule, schedule_options)
         self.compile_networks = compile
 
         self._initialization = _initialization(init_from, weights)
@@ -360,84 +358,3 @@ def _initialization(init_from: str | None, weights: str | None) -> Initializatio
             f"{init_from!r} and {weights!r}. For the first add `--model.weights none`."
         )
     return Initialization(init_from)
-
-
-def at_least_zero(flag: str, value: float) -> None:
-    """Refuse a negative value."""
-    if value < 0:
-        raise ConfigurationError(f"Expected `{flag}` to be 0 or more, but got {value}.")
-
-
-def in_range(flag: str, value: float, low: float, high: float) -> None:
-    """Refuse a value outside ``[low, high)``."""
-    if not low <= value < high:
-        raise ConfigurationError(f"Expected `{flag}` to be at least {low} and below {high}, but got {value}.")
-
-
-def _optimizer(
-    name: str, weight_decay: float, options: dict[str, Any] | None
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    known = {
-        key: value
-        for key, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    }
-    by_lower_case = {key.lower(): key for key in known}
-    if name.lower() not in by_lower_case:
-        raise ConfigurationError(
-            f"Expected `--model.optimizer` to be an optimizer of torch.optim, but got {name!r}. "
-            f"{did_you_mean(name, known)}"
-        )
-    cls = known[by_lower_case[name.lower()]]
-    arguments: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if cls is torch.optim.SGD else {}
-    arguments |= {"weight_decay": weight_decay} | (options or {})
-    accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "params", "lr"}
-    for key in arguments:
-        if key not in accepted:
-            flag = f"--model.{key}" if key == "weight_decay" else "--model.optimizer_options"
-            raise ConfigurationError(
-                f"Expected `{flag}` to be an option of {cls.__name__}, but got {key!r}. {did_you_mean(key, accepted)}"
-            )
-    try:
-        cls([torch.zeros(1, requires_grad=True)], **({"lr": 0.1} | arguments))
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"Expected `--model.optimizer_options` that {cls.__name__} takes, but got {arguments}: {error}"
-        ) from error
-    return cls, arguments
-
-
-def _schedule_options(schedule: str, options: dict[str, Any] | None) -> dict[str, Any]:
-    defaults: dict[str, dict[str, Any]] = {
-        "constant": {},
-        "inverse_decay": {"gamma": 1e-3, "beta": 0.75},
-        "cosine": {"warmup": 0, "minimum": 0.0},
-        "step": {"milestones": None, "factor": 0.1},
-    }
-    if schedule not in defaults:
-        raise ConfigurationError(
-            f"Expected `--model.schedule` to be one of {', '.join(defaults)}, but got {schedule!r}. "
-            f"{did_you_mean(schedule, defaults)}"
-        )
-    known = defaults[schedule]
-    for key in options or {}:
-        if key not in known:
-            raise ConfigurationError(
-                f"Expected `--model.schedule_options` to be options of {schedule!r} ({', '.join(known) or 'none'}), "
-                f"but got {key!r}."
-            )
-    merged = known | (options or {})
-    if schedule == "step" and not merged["milestones"]:
-        raise ConfigurationError(
-            "Expected `--model.schedule_options.milestones` to list optimizer steps for `--model.schedule step`, "
-            "but got none."
-        )
-    if schedule in SCHEDULES:
-        planned = {"total": 2**62} if schedule == "cosine" else {}  # the real number is known when training starts
-        try:
-            SCHEDULES[schedule](0, **merged, **planned)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"Expected `--model.schedule_options` that {schedule!r} takes, but got {merged}: {error}"
-            ) from error
-    return merged

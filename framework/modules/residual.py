@@ -9,7 +9,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from framework.batch import LabelledBatch
-from framework.modules.base import ImageClassifier, at_least_zero
+from framework.errors import at_least_zero
+from framework.modules.base import ImageClassifier
 
 
 class ResidualClassifier(ImageClassifier):

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import full_precision, prediction_entropy
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 Variant = Literal["stepwise", "hard"]

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework.errors import ConfigurationError, did_you_mean
+from framework.errors import ConfigurationError, at_least_zero, did_you_mean
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 

@@ -11,10 +11,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from framework.batch import DomainBatch, LabelledBatch
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import marginal_entropy
 from framework.metrics import DomainDiscrepancy, InformationMaximization
-from framework.modules.base import ImageClassifier, at_least_zero
+from framework.modules.base import ImageClassifier
 from framework.networks import NetworkOutputs, convert_domain_specific, select_domain
 from framework.progress import batches_planned, batches_processed
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import full_precision, largest_squared_singular_values
 from framework.modules.adaptation.base import AlignmentLoss
 from framework.modules.adaptation.dann import DANN
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from framework.errors import in_range
 from framework.functional import full_precision
 from framework.modules.adaptation.base import DomainAdaptation
 from framework.modules.adaptation.dann import (
@@ -25,7 +26,6 @@ from framework.modules.adaptation.dann import (
     domain_errors,
     one_of,
 )
-from framework.modules.base import in_range
 from framework.networks import NetworkOutputs
 
 DynamicFactor = Literal["global_share", "local_share"]

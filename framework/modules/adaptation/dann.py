@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import full_precision, reversal_coefficient, reverse_gradient
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero
 from framework.networks import DomainDiscriminator, NetworkOutputs
 
 Normalization = Literal["batch", "dropout", "none"]

@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import coral
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.batches import check_batch_sizes
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 

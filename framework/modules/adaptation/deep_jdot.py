@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import check_transport_package, exact_coupling, sinkhorn_coupling, squared_distances
 from framework.functional.precision import full_precision
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 Transport = Literal["sinkhorn", "exact"]

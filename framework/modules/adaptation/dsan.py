@@ -11,11 +11,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import FIVE_SCALES, CountedClasses, full_precision, local_mmd, reversal_coefficient
 from framework.functional.subdomain_mmd import one_hot
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 

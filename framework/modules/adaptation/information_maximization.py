@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from framework.errors import at_least_zero
 from framework.functional import marginal_entropy, prediction_entropy
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 

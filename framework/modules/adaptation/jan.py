@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import (
     FIVE_SCALES,
     MMDEstimator,
@@ -23,7 +23,6 @@ from framework.functional import (
 )
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
 from framework.modules.adaptation.batches import check_batch_sizes
-from framework.modules.base import at_least_zero
 from framework.networks import NetworkOutputs
 
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from framework.batch import DomainBatch
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero, in_range
 from framework.functional import class_balance, classifier_discrepancy
 from framework.modules.adaptation.base import SAME_ON_ALL_PROCESSES, Domain, DomainAdaptation
-from framework.modules.base import at_least_zero, in_range
 from framework.networks import MLPHead, NetworkOutputs, convert_domain_specific, select_domain
 
 Logits = tuple[Tensor, Tensor]  # of the two heads

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero, in_range
 from framework.functional import reversal_coefficient, reverse_gradient
 from framework.functional.precision import full_precision
 from framework.modules.adaptation.base import AlignmentLoss, DomainAdaptation
-from framework.modules.base import at_least_zero, in_range
 from framework.networks import MLPHead, NetworkOutputs
 
 

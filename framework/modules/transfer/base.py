@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from framework.errors import ConfigurationError, did_you_mean
-from framework.modules.base import ImageClassifier, in_range
+from framework.errors import ConfigurationError, did_you_mean, in_range
+from framework.modules.base import ImageClassifier
 from framework.modules.transfer.unfreezing import (
     MILESTONES,
     check_bounded,

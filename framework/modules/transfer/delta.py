@@ -15,9 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from framework.batch import LabelledBatch
-from framework.errors import ConfigurationError
+from framework.errors import ConfigurationError, at_least_zero
 from framework.functional import channel_distances, half_squared_distance
-from framework.modules.base import at_least_zero
 from framework.modules.transfer.regularized import RegularizedTransfer
 from framework.modules.transfer.training_images import gathered_rows
 from framework.networks import FrozenCopy, NetworkOutputs

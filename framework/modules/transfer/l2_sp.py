@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from framework.batch import LabelledBatch
+from framework.errors import at_least_zero
 from framework.functional import half_squared_distance
-from framework.modules.base import at_least_zero
 from framework.modules.transfer.regularized import RegularizedTransfer
 from framework.networks import NetworkOutputs
 

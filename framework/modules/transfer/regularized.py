@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from framework.batch import LabelledBatch
-from framework.modules.base import at_least_zero
+from framework.errors import at_least_zero
 from framework.modules.transfer.base import TransferClassifier
 from framework.networks import NetworkOutputs
 
