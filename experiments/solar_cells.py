@@ -30,7 +30,7 @@ from framework.errors import ConfigurationError
 DATA = Path(__file__).resolve().parent / "data" / "solar_cells_poly.yaml"
 SCRATCH = "full:weights=none,learning_rate=0.05,backbone_learning_rate_factor=1.0"
 # DELTA's channel weights to first order: the paper's cost thousands of passes
-METHODS = [SCRATCH, "full", "frozen", "lp_ft", "l2_sp", "delta:attention=first_order"]
+METHODS = [SCRATCH, "full", "frozen", "lp_ft", "l2_sp", "delta:attention=first_order,trade_off=0.01"]
 WISE_FT = "wise_ft"
 SCORE = "mean_class_accuracy"
 

@@ -27,6 +27,8 @@ from framework.trainer import Trainer
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 DEBUG = "FRAMEWORK_DEBUG"
+HELD_BY_CHECKPOINTS = ("weights", "init_from", "teachers", "members")
+"""Files that a model starts from; its own checkpoint holds what was in them."""
 
 
 class Parser(LightningArgumentParser):
@@ -126,16 +128,16 @@ class CommandLine(LightningCLI):
         if arguments.get("num_classes") is not None:
             raise ConfigurationError("Expected no `--model.num_classes`: it comes from the data. Remove it.")
         if config.get("ckpt_path"):
-            epoch = check_checkpoint(config.ckpt_path, config.model.class_path)
+            epoch = check_checkpoint(config.ckpt_path, config.model.class_path, self.subcommand)
             epochs = config.trainer.max_epochs
             if self.subcommand == "fit" and epochs is not None and 0 <= epochs <= epoch:
                 raise ConfigurationError(
                     f"Expected `--trainer.max_epochs` to be more than the {epoch} epochs that '{config.ckpt_path}' has "
                     f"behind it, but got {epochs}."
                 )
-            for name in ("weights", "init_from"):
+            for name in HELD_BY_CHECKPOINTS:
                 if name in arguments:
-                    arguments[name] = None  # the checkpoint holds them
+                    arguments[name] = None
         elif self.subcommand != "fit" and not config.trainer.fast_dev_run:
             raise ConfigurationError(
                 f"Expected `--run` or `--ckpt_path`, the trained network to {self.subcommand}, but got neither."
@@ -198,8 +200,9 @@ class CommandLine(LightningCLI):
                 shutil.rmtree(logger.claimed, ignore_errors=True)
 
 
-def check_checkpoint(path: str, class_path: str) -> int:
-    """Refuse a checkpoint that is not there, cannot be read, or belongs to another class of model.
+def check_checkpoint(path: str, class_path: str, subcommand: str | None = None) -> int:
+    """Refuse a checkpoint that is not there, cannot be read, belongs to another class of model, or holds no run to
+    resume.
 
     Returns:
         The epoch that it was written in, counted from 0.
@@ -222,6 +225,11 @@ def check_checkpoint(path: str, class_path: str) -> int:
         raise ConfigurationError(
             f"Expected `--ckpt_path` to be a checkpoint of `--model` {class_path.rsplit('.', 1)[-1]}, but '{path}' is "
             f"one of {written.rsplit('.', 1)[-1]}."
+        )
+    if subcommand == "fit" and "optimizer_states" not in checkpoint:
+        raise ConfigurationError(
+            f"Expected `--ckpt_path` to be the checkpoint of a run that can go on, but '{path}' holds weights alone "
+            f"(experiments/fuse.py writes such). Start another run from it: `--model.init_from {path}`."
         )
     return epoch
 

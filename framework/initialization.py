@@ -15,6 +15,11 @@ from framework.networks.preprocessing import Preprocessing
 
 Entries = dict[str, Tensor]
 FLAG = "--model.init_from"
+LORA = (
+    " Its low-rank adapters must be merged into the weights first: in Python "
+    "`torch.save(framework.networks.lora.merge_adapters(model.backbone).state_dict(), 'merged.pth')`, then "
+    "`--model.weights merged.pth`."
+)
 
 
 class Initialization:
@@ -100,7 +105,7 @@ class Initialization:
             raise ConfigurationError(
                 f"Expected `{FLAG}` to hold the backbone that `--model.backbone` and `--model.backbone_options` name, "
                 f"but in '{self.path}', {self._origin()}, are entries {'; '.join(complaints)}."
-                + (" Its low-rank adapters must be merged into the weights first." if wrapped else "")
+                + (LORA if wrapped else "")
             )
         _assign(module, found)
         self._taken["backbone"] = _count(found)

@@ -73,6 +73,8 @@ class Trainer(L.Trainer):
         warnings.filterwarnings(
             "ignore", message=".*ended before the epoch ended and your dataloader is not resumable.*"
         )
+        # frozen backbones, teachers and copies of what a network was are so on purpose
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training.*")
         super().__init__(
             logger=logger,
             callbacks=[*given, *added],

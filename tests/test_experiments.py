@@ -238,7 +238,6 @@ def test_every_composition_runs(files: tuple[Path, Path], here: Path) -> None:
     assert set(here.rglob("*")) == before
 
 
-@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")  # a frozen backbone: so it should be
 @pytest.mark.parametrize("path", WHOLE, ids=name)
 def test_a_whole_file_runs_on_any_folder(path: Path, here: Path) -> None:
     policies = ["full", "frozen"] if "policy" in read(path)["model"]["init_args"] else [None]

@@ -266,6 +266,22 @@ def test_the_result_is_a_run(fuse: ModuleType, here: Path, words: str) -> None:
     assert (folder.parent / "version_1" / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_the_result_starts_another_run_but_is_not_resumed(
+    fuse: ModuleType, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fuse.main(["soup", "tuned_3.ckpt", "tuned_4.ckpt", "--kind", "uniform"]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--run", str(FUSED), "--trainer.max_epochs", "9"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    path = f"{FUSED}/checkpoints/last.ckpt"
+    assert f"`--model.init_from {path}`" in message
+    flags = f"--model TransferClassifier --model.backbone resnet8 --model.bottleneck_features 8 --model.init_from {path}"
+    data = f"--data ImageFolderDataModule --data.root {here / 'data'} --data.batch_size 4 --data.image_size 16"
+    assert main(["fit", *flags.split(), *data.split(), "--trainer.fast_dev_run", "true"]) == 0
+    assert "taken: backbone" in capsys.readouterr().err
+
+
 def test_ensemble(fuse: ModuleType, here: Path) -> None:
     files = ["tuned_3.ckpt", "residual.ckpt", "tuned_4.ckpt"]
     assert fuse.main(["ensemble", *files, "--average", "logits", "--output", "all.ckpt"]) == 0

@@ -12,15 +12,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import contract
 import pytest
+import transfer_contract
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 import framework.trainer
 from framework.__main__ import main
+from framework.modules.transfer.base import Policy
 from framework.networks.residual import RESIDUAL_NETWORKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -109,7 +111,9 @@ def test_every_command_parses(words: list[str], here: Path, capsys: pytest.Captu
     assert configuration["model"]["class_path"]
     assert configuration["data"]["class_path"]
     for flag, value in itertools.pairwise(arguments):
-        if flag.startswith("--trainer."):
+        if flag == "--trainer.callbacks+=ExponentialMovingAverage":
+            assert configuration["trainer"]["callbacks"][-1]["class_path"].endswith("ExponentialMovingAverage")
+        elif flag.startswith("--trainer.") and not flag.startswith("--trainer.callbacks"):
             assert str(configuration["trainer"][flag.removeprefix("--trainer.")]) == value
 
 
@@ -151,7 +155,7 @@ def test_what_a_run_leaves_behind(here: Path) -> None:
     missing = {
         name for name in general if not any(re.fullmatch(re.sub("<[a-z]+>", "[a-z_]+", name), x) for x in logged)
     }
-    assert missing == {"val/accuracy", "val/loss"}  # of classifiers
+    assert missing == {"val/accuracy", "val/loss", "train/regularization"}  # of classifiers, of transfer
 
 
 # ---------------------------------------------------------------------- Python
@@ -225,7 +229,9 @@ def test_every_path_exists(page: str) -> None:
     quoted = {word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
     named = {word for word in quoted if re.match(r"(experiments|framework|scripts|tests|\.ci)/", word)}
     if page == "experiments":
-        named |= {f"{page}/{word}" for word in quoted if re.fullmatch(r"((data|methods)/)?\w+\.(yaml|py)", word)}
+        named |= {
+            f"{page}/{word}" for word in quoted if re.fullmatch(r"((data|methods|transfer)/)?\w+\.(yaml|py)", word)
+        }
     assert len(named) > 4
     assert [word for word in named if "<" not in word and not (REPOSITORY / word).exists()] == []
 
@@ -252,7 +258,31 @@ def test_the_table_of_methods_is_whole() -> None:
         assert name == "SourceOnly" or re.search(r"\d{4}", row[1]), name
 
 
-def test_the_table_of_diagnostics_is_whole(domains: Path, tmp_path: Path) -> None:
+def test_the_table_of_transfer_is_whole() -> None:
+    """Every class and policy has a row, every file is in one, and the paper is the one that the module names."""
+    rows = {row[0].strip("`"): row for row in table(README, "transfer")}
+    classes = {cls.__name__: cls for cls in transfer_contract.methods()}
+    policies = {f"policy: {policy}" for policy in get_args(Policy) if policy != "full"}
+    assert rows.keys() == classes.keys() | policies
+    files = {name: re.findall(r"\]\((experiments/transfer/[^)]+)\)", row[-1]) for name, row in rows.items()}
+    existing = sorted((REPOSITORY / "experiments" / "transfer").glob("*.yaml"))
+    assert sorted(itertools.chain(*files.values())) == [path.relative_to(REPOSITORY).as_posix() for path in existing]
+    for name, row in rows.items():
+        assert len(row) == 5
+        assert all(row), name
+        cls = classes.get(name, transfer_contract.TransferClassifier)
+        for path in files[name]:
+            model = yaml.safe_load((REPOSITORY / path).read_text())["model"]
+            assert model["class_path"] == cls.__name__
+            if name in policies:
+                assert f"policy: {model['init_args']['policy']}" == name
+        text = " ".join(((sys.modules[cls.__module__].__doc__ or "") + (cls.__doc__ or "")).split())
+        for author, year in re.findall(r"(\w+)(?: et al\.| & \w+), .*?(\d{4})$", row[1]):
+            assert author in text, (name, author)
+            assert year in text, (name, year)
+
+
+def test_the_table_of_diagnostics_is_whole(domains: Path, tmp_path: Path, images: Callable[..., Path]) -> None:
     """What each method logs in a step, beyond what all do, is described, and no more."""
     general = [name for row in table(README, "scalar") for name in quoted_names(row[0])]
     described = {
@@ -277,13 +307,20 @@ def test_the_table_of_diagnostics_is_whole(domains: Path, tmp_path: Path) -> Non
             assert all(re.match("train/(cdan|mcc)", name) for name in own)
         else:
             found |= {(name, method.__name__) for name in own}
+    transfer_contract.prepare(tmp_path, images)
+    for case in transfer_contract.cases():
+        logger = CSVLogger(tmp_path / case.name)
+        transfer_contract.fit(case, tmp_path, max_epochs=1, log_every_n_steps=1, logger=logger)
+        names = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+        own = [name for name in names if name.startswith("train/") and not any(matches(g, name) for g in general)]
+        found |= {(name, case.method.__name__) for name in own}
     assert sorted(found - described) == []
     assert sorted(described - found) == []
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a name fits one with placeholders, `train/<part>`."""
-    return bool(re.fullmatch(re.sub("<[a-z]+>", "[a-z_]+", pattern), name))
+    return bool(re.fullmatch(re.sub("<[a-z]+>", r"[\\w./]+", pattern), name))
 
 
 def quoted_names(cell: str) -> list[str]:
