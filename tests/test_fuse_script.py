@@ -276,7 +276,7 @@ def test_the_result_starts_another_run_but_is_not_resumed(
     assert message.count("\n") == 1
     path = f"{FUSED}/checkpoints/last.ckpt"
     assert f"`--model.init_from {path}`" in message
-    flags = f"--model TransferClassifier --model.backbone resnet8 --model.bottleneck_features 8 --model.init_from {path}"
+    flags = f"--model TransferClassifier --model.backbone resnet8 --model.init_from {path}"
     data = f"--data ImageFolderDataModule --data.root {here / 'data'} --data.batch_size 4 --data.image_size 16"
     assert main(["fit", *flags.split(), *data.split(), "--trainer.fast_dev_run", "true"]) == 0
     assert "taken: backbone" in capsys.readouterr().err

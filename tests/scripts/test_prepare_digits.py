@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -13,28 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import preparation
+import prepare_digits
 import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_digits.py"
-
-
-def _import_script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("prepare_digits", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-prepare_digits = _import_script()
 
 
 @pytest.fixture(scope="module")

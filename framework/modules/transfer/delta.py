@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from framework.batch import LabelledBatch
-from framework.errors import ConfigurationError, at_least_zero
-from framework.functional import channel_distances, half_squared_distance
+from framework.errors import ConfigurationError
+from framework.functional import channel_distances
 from framework.modules.transfer.regularized import RegularizedTransfer
 from framework.modules.transfer.training_images import gathered_rows
 from framework.networks import FrozenCopy, NetworkOutputs
@@ -82,8 +82,8 @@ class DELTA(RegularizedTransfer):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(num_classes, trade_off=trade_off, weight_decay=weight_decay, **options)
-        at_least_zero("--model.head_decay", head_decay)
+        decays = {"head_decay": head_decay, "weight_decay": weight_decay}
+        super().__init__(num_classes, trade_off=trade_off, **decays, **options)
         _one_of("--model.attention", attention, ("supervised", "first_order", "none"))
         _one_of("--model.batch_reduction", batch_reduction, ("mean", "sum"))
         if attention_batches < 1:
@@ -94,7 +94,7 @@ class DELTA(RegularizedTransfer):
             raise ConfigurationError(
                 f"Expected `--model.attention_temperature` to be above 0, but got {attention_temperature}."
             )
-        self.head_decay, self.batch_reduction = head_decay, batch_reduction
+        self.batch_reduction = batch_reduction
         self.attention_kind, self.attention_batches = attention, attention_batches
         self.attention_temperature = attention_temperature
         names = layer_names(self.backbone, layers)
@@ -162,11 +162,6 @@ class DELTA(RegularizedTransfer):
             means.append(distances.detach().mean())
         self.diagnostics = {"feature_distance": torch.stack(means).mean()}
         return torch.stack(terms).sum() * (len(batch.images) if self.batch_reduction == "sum" else 1)
-
-    def logged_loss(self, loss: Tensor, **terms: Tensor) -> Tensor:
-        """The loss and the term of the new layers, which has a weight of its own."""
-        half = half_squared_distance([*self.bottleneck.parameters(), *self.head.parameters()])
-        return super().logged_loss(loss + self.head_decay * half, **terms, head_regularization=half)
 
 
 def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:

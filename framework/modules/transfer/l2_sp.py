@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from framework.batch import LabelledBatch
-from framework.errors import at_least_zero
 from framework.functional import half_squared_distance
 from framework.modules.transfer.regularized import RegularizedTransfer
 from framework.networks import NetworkOutputs
@@ -68,9 +67,9 @@ class L2SP(RegularizedTransfer):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(num_classes, trade_off=trade_off, weight_decay=weight_decay, **options)
-        at_least_zero("--model.head_decay", head_decay)
-        self.head_decay, self.vectors = head_decay, vectors
+        decays = {"head_decay": head_decay, "weight_decay": weight_decay}
+        super().__init__(num_classes, trade_off=trade_off, **decays, **options)
+        self.vectors = vectors
         self.starting_point = StartingPoint(self.backbone, vectors)
 
     def regularization(self, outputs: NetworkOutputs, batch: LabelledBatch) -> Tensor:
@@ -79,8 +78,6 @@ class L2SP(RegularizedTransfer):
         self.diagnostics = {"distance": (2 * half.detach()).sqrt()}
         return half
 
-    def logged_loss(self, loss: Tensor, **terms: Tensor) -> Tensor:
-        """The loss and the term of the new layers, which has a weight of its own."""
-        new = [*self.bottleneck.parameters(), *self.head.parameters()]
-        half = half_squared_distance([weight for weight in new if self.vectors or weight.dim() > 1])
-        return super().logged_loss(loss + self.head_decay * half, **terms, head_regularization=half)
+    def new_weights(self) -> list[nn.Parameter]:
+        """What ``head_decay`` pulls to zero."""
+        return [weight for weight in super().new_weights() if self.vectors or weight.dim() > 1]
