@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import contract
+import fuse
 import pytest
 import transfer_contract
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
+import framework.fusion
 import framework.trainer
 from framework.__main__ import main
 from framework.modules.transfer.base import Policy
@@ -263,7 +265,9 @@ def test_the_table_of_transfer_is_whole() -> None:
     rows = {row[0].strip("`"): row for row in table(README, "transfer")}
     classes = {cls.__name__: cls for cls in transfer_contract.methods()}
     policies = {f"policy: {policy}" for policy in get_args(Policy) if policy != "full"}
-    assert rows.keys() == classes.keys() | policies
+    (commands_of_fuse,) = (action.choices for action in fuse.build_parser()._actions if action.dest == "command")
+    fusions = {f"fuse.py {command}" for command in commands_of_fuse}
+    assert rows.keys() == classes.keys() | policies | fusions
     files = {name: re.findall(r"\]\((experiments/transfer/[^)]+)\)", row[-1]) for name, row in rows.items()}
     existing = sorted((REPOSITORY / "experiments" / "transfer").glob("*.yaml"))
     assert sorted(itertools.chain(*files.values())) == [path.relative_to(REPOSITORY).as_posix() for path in existing]
@@ -276,7 +280,8 @@ def test_the_table_of_transfer_is_whole() -> None:
             assert model["class_path"] == cls.__name__
             if name in policies:
                 assert f"policy: {model['init_args']['policy']}" == name
-        text = " ".join(((sys.modules[cls.__module__].__doc__ or "") + (cls.__doc__ or "")).split())
+        documented = (framework.fusion,) if name in fusions else (sys.modules[cls.__module__], cls)
+        text = " ".join("".join(item.__doc__ or "" for item in documented).split())
         for author, year in re.findall(r"(\w+)(?: et al\.| & \w+), .*?(\d{4})$", row[1]):
             assert author in text, (name, author)
             assert year in text, (name, year)

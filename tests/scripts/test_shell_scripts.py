@@ -39,7 +39,7 @@ if os.environ.get("FAKE_PIP_FAILS"):
     sys.exit(1)
 repository = re.sub(r"\\[[a-z,]*\\]$", "", sys.argv[-1])
 text = pathlib.Path(repository, "pyproject.toml").read_text()
-names = set(re.findall(r'"([A-Za-z][A-Za-z-]*)>=', text)) - {"ruff", "mypy"}  # what is required, but for dev
+names = set(re.findall(r'"([A-Za-z][A-Za-z0-9-]*)>=', text)) - {"ruff", "mypy"}  # what is required, but for dev
 versions = {**{name: "99.0" for name in names}, "jsonargparse": "4.99", "transfer-framework": "0.1.0"}
 versions["transfer-framework"] = re.search('^version = "(.*)"', text, re.M).group(1)
 for name, version in versions.items():

