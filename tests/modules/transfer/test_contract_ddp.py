@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import transfer_contract as contract
 import transfer_ddp_job as job
 
 
+@pytest.mark.slow
 def test_every_method(tmp_path: Path, images: Callable[..., Path]) -> None:
     """One job for all, in a single test: starting two processes takes longer than training in them."""
     folder, output = contract.prepare(tmp_path, images), tmp_path / "result.json"
