@@ -1,8 +1,8 @@
-"""The batches: all that modules and datamodules share."""
+"""The batches, and what a prediction returns of one: all that modules and datamodules share."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -44,3 +44,17 @@ class PredictionBatch(NamedTuple):
 
     images: Tensor
     paths: list[str]
+
+
+class Predictions(TypedDict):
+    """What ``predict_step`` returns for a batch.
+
+    Keys:
+        paths: one path an image.
+        classes: predicted class indices, ``[N]``.
+        probabilities: ``[N, K]``.
+    """
+
+    paths: list[str]
+    classes: Tensor
+    probabilities: Tensor

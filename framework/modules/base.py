@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from framework.batch import LabelledBatch, PredictionBatch
+from framework.batch import LabelledBatch, PredictionBatch, Predictions
 from framework.errors import ConfigurationError, at_least_zero, in_range
 from framework.initialization import Initialization
 from framework.metrics import test_metrics
@@ -29,20 +29,6 @@ from framework.running_means import RunningMeans
 from framework.seeding import global_seed
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class Predictions(TypedDict):
-    """What ``predict_step`` returns for a batch.
-
-    Keys:
-        paths: one path an image.
-        classes: predicted class indices, ``[N]``.
-        probabilities: ``[N, K]``.
-    """
-
-    paths: list[str]
-    classes: Tensor
-    probabilities: Tensor
 
 
 class ImageClassifier(L.LightningModule):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from framework.batch import LabelledBatch, PredictionBatch
+from framework.batch import LabelledBatch, PredictionBatch, Predictions
 from framework.errors import ConfigurationError
 from framework.functional.mixture import mixture_log_probabilities
 from framework.metrics import test_metrics
-from framework.modules.base import ImageClassifier, Predictions
+from framework.modules.base import ImageClassifier
 from framework.modules.members import Checkpoint, Member, check_names, members_of
 
 Average = Literal["probabilities", "logits"]
