@@ -117,7 +117,7 @@ def _features_of_black(backbone: nn.Module, image_size: int, like: Tensor) -> Te
 def _takes(backbone: nn.Module, image_size: int, like: Tensor) -> bool:
     try:
         _features_of_black(backbone, image_size, like)
-    except Exception:
+    except Exception:  # whatever it raises: it does not take this size
         return False
     return True
 
