@@ -22,6 +22,17 @@ class LabelledBatch(NamedTuple):
     domains: Tensor | int = 0
 
 
+class UnlabelledBatch(NamedTuple):
+    """Images alone, of one folder or of several: what self-supervised pre-training sees. It has no room for a label.
+
+    Attributes:
+        images: shape ``[N, 3, H, W]``, or ``[N, views, 3, H, W]`` with several views of each image. Of ``S`` folders,
+            image ``i`` is of folder ``i % S``.
+    """
+
+    images: Tensor
+
+
 class DomainBatch(NamedTuple):
     """One step of domain adaptation. The target has no labels here, so they cannot reach training.
 

@@ -19,7 +19,7 @@ from framework.trainer import Trainer
 
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule, "trainer.callbacks": L.Callback}
 EXAMPLES = {"model": "DANN", "data": "DomainPairDataModule", "trainer.callbacks": "EarlyStopping"}
-ABSTRACT = ("ImageClassifier", "DomainAdaptation", "RegularizedTransfer", "ImageDataModule")
+ABSTRACT = ("ImageClassifier", "DomainAdaptation", "RegularizedTransfer", "PretrainingModule", "ImageDataModule")
 GENERAL_FLAGS = ("config", "seed_everything", "run", "ckpt_path", "weights_only", "print_config", "model", "data")
 TYPES = {
     "int": "a whole number",

@@ -16,6 +16,7 @@ from framework.functional.mmd import MMDEstimator, biased_mmd, joint_mmd, linear
 from framework.functional.multilinear import multilinear_map, randomized_multilinear_map
 from framework.functional.optimal_transport import check_transport_package, exact_coupling, sinkhorn_coupling
 from framework.functional.precision import full_precision, full_precision_matmul
+from framework.functional.rotation import quarter_turns
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
 from framework.functional.sliced_wasserstein import random_directions, sliced_wasserstein
 from framework.functional.spectral import (
@@ -72,6 +73,7 @@ __all__ = [
     "negative_conditional_entropy",
     "nuclear_norm",
     "prediction_entropy",
+    "quarter_turns",
     "queue_contrast",
     "random_directions",
     "randomized_multilinear_map",

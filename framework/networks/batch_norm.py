@@ -6,6 +6,8 @@ With shared weights only the statistics are each domain's own, as in AdaBN (Li e
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor, nn
@@ -19,6 +21,22 @@ Domain = Literal["source", "target"]
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """Every batch norm in ``module``, itself included; timm's and the synchronised ones are such."""
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Within this context, training batches are normalised by their own statistics and leave the running ones alone.
+
+    For images that evaluation will never see, such as rotated ones.
+    """
+    layers = [layer for layer in batch_norms(module) if layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 class DomainSpecificBatchNorm(nn.Module):

@@ -232,7 +232,7 @@ class ADDA(DomainAdaptation):
         with torch.no_grad():
             source = self.outputs_in("source", batch.source.images)
         target = self.outputs_in("target", batch.target)
-        loss = self.alignment_loss(source, target, batch.source)
+        loss = self.alignment_loss(source, target, batch)
         diagnostics = {**self.alignment.diagnostics, **self.target_diagnostics(target)}
         return self.logged_loss(self.trade_off * loss, alignment_loss=loss, **diagnostics)
 

@@ -104,12 +104,13 @@ class AlignmentSum(DomainAdaptation):
 
     def _loss(self, name: str, cls: type[AlignmentLoss], options: dict[str, Any]) -> AlignmentLoss:
         accepted = inspect.signature(cls.__init__).parameters
-        sizes = {"num_features": self.num_features, "num_classes": self.num_classes}
+        given: dict[str, Any] = {"num_features": self.num_features, "num_classes": self.num_classes}
+        given |= {"backbone": self.backbone, "passes": self.passes}
         for key in options:
-            others = [other for other in accepted if other not in {"self", *sizes}]
+            others = [other for other in accepted if other not in {"self", *given}]
             if key not in others:
                 raise ConfigurationError(
                     f"Expected `--model.term_options.{name}` to be options of {cls.__name__} ({', '.join(others)}), "
                     f"but got {key!r}. {did_you_mean(key, others)}"
                 )
-        return cls(**{key: size for key, size in sizes.items() if key in accepted}, **options)
+        return cls(**{key: value for key, value in given.items() if key in accepted}, **options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from framework.functional import marginal_entropy
 from framework.metrics import DomainDiscrepancy, InformationMaximization
 from framework.modules.base import ImageClassifier
 from framework.networks import NetworkOutputs, convert_domain_specific, select_domain
+from framework.networks.batch_norm import running_statistics_kept
 from framework.progress import batches_planned, batches_processed
 
 Domain = Literal["source", "target"]
@@ -27,7 +29,8 @@ class AlignmentLoss(nn.Module):
     """A loss between two domains: ``forward(source, target, progress) -> scalar``.
 
     Subclasses are plain modules of tensors, usable in any training loop. Their constructors may ask for
-    ``num_features`` (``D``) and ``num_classes`` (``K``); everything else has a default.
+    ``num_features`` (``D``), ``num_classes`` (``K``) and, if they send images of their own through the network, for
+    ``backbone`` and ``passes`` (:meth:`DomainAdaptation.passes`); everything else has a default.
 
     Attributes:
         term: the name under which :class:`~framework.modules.adaptation.AlignmentSum` offers the loss, if it does.
@@ -149,24 +152,32 @@ class DomainAdaptation(ImageClassifier):
             return self.outputs(torch.cat([source, target])).split(len(source))
         return self.outputs_in("source", source), self.outputs_in("target", target)
 
+    def passes(self, images: list[Tensor]) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+        """The passes through the backbone that other images of both domains, or of the target alone, take under the
+        batch-norm policy, each with its images; they leave running statistics alone."""
+        if self.batch_norm == "joint":
+            return [(partial(self._features_in, "target"), torch.cat(images))]
+        domains: tuple[Domain, ...] = ("source", "target") if len(images) == 2 else ("target",)
+        return [(partial(self._features_in, domain), part) for domain, part in zip(domains, images, strict=True)]
+
+    def _features_in(self, domain: Domain, images: Tensor) -> Tensor:
+        select_domain(self.backbone, domain)
+        with running_statistics_kept(self.backbone):
+            features: Tensor = self.backbone(images)
+        select_domain(self.backbone, "target")  # what inference uses
+        return features
+
     def gathered(self, outputs: NetworkOutputs) -> NetworkOutputs:
         """The outputs of all processes, with gradients; DDP's mean then equals the single process's gradient."""
         if not self.global_alignment or self.trainer.world_size == 1:
             return outputs
-        return NetworkOutputs(*(None if tensor is None else self._all(tensor) for tensor in outputs))  # type: ignore[arg-type]
-
-    def _all(self, tensor: Tensor) -> Tensor:
-        gathered = self.all_gather(tensor, sync_grads=tensor.is_floating_point())  # [processes, N, ...]
-        assert isinstance(gathered, Tensor)
-        if gathered.requires_grad:  # gloo's backward garbles a gradient whose rows are not contiguous, as the MMD's
-            gathered.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
-        return gathered.flatten(0, 1)
+        return NetworkOutputs(*(None if tensor is None else self.of_all_processes(tensor) for tensor in outputs))  # type: ignore[arg-type]
 
     def training_step(self, batch: DomainBatch, batch_idx: int) -> Tensor | None:
         """Classification on the source plus alignment of the domains."""
         source, target = self.domain_outputs(batch.source.images, batch.target)
         classification_loss = self.classification_loss(source.logits, batch.source.labels)
-        alignment_loss = self.alignment_loss(source, target, batch.source)
+        alignment_loss = self.alignment_loss(source, target, batch)
         return self.logged_loss(
             classification_loss + self.trade_off * alignment_loss,
             classification_loss=classification_loss,
@@ -175,11 +186,12 @@ class DomainAdaptation(ImageClassifier):
             **self.target_diagnostics(target),
         )
 
-    def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: LabelledBatch) -> Tensor:
+    def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: DomainBatch) -> Tensor:
         """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features."""
-        domains = torch.zeros_like(batch.labels) + batch.domains  # 0 where it is not said
-        source = self.gathered(source._replace(labels=batch.labels, domains=domains))
-        target = self.gathered(target)
+        labels = batch.source.labels
+        domains = torch.zeros_like(labels) + batch.source.domains  # 0 where it is not said
+        source = self.gathered(source._replace(labels=labels, domains=domains))._replace(images=batch.source.images)
+        target = self.gathered(target)._replace(images=batch.target)
         self.reseed(SAME_ON_ALL_PROCESSES)  # what the loss draws, on the same gathered batch
         loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
         return loss

@@ -236,7 +236,7 @@ class MCD(DomainAdaptation):
                 parameter.requires_grad_(True)
 
     def _everywhere(self, tensor: Tensor) -> Tensor:
-        return self._all(tensor) if self.global_alignment and self.trainer.world_size > 1 else tensor
+        return self.of_all_processes(tensor) if self.global_alignment else tensor
 
     @contextmanager
     def _drawn_alike(self, draw: int) -> Iterator[None]:

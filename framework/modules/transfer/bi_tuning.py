@@ -112,9 +112,9 @@ class BiTuning(RegularizedTransfer):
         projections = self.projector(outputs.features)
         instance_contrast = self._contrast(projections, key_projections, self.projection_queue, labels)
 
-        every_label = self._all(labels)
-        self.feature_queue.add(self._all(unit_length(with_one(key_features))), every_label)
-        self.projection_queue.add(self._all(unit_length(key_projections)), every_label)
+        every_label = self.of_all_processes(labels)
+        self.feature_queue.add(self.of_all_processes(unit_length(with_one(key_features))), every_label)
+        self.projection_queue.add(self.of_all_processes(unit_length(key_projections)), every_label)
         self.diagnostics = {
             "class_contrast": class_contrast.detach(),
             "instance_contrast": instance_contrast.detach(),
@@ -124,13 +124,6 @@ class BiTuning(RegularizedTransfer):
     def _contrast(self, queries: Tensor, partners: Tensor, queue: KeyQueue, labels: Tensor) -> Tensor:
         # a copy of the keys: the backward pass needs them after others have taken their places
         return queue_contrast(queries, partners, queue.keys.clone(), queue.filled, labels, self.temperature)
-
-    def _all(self, tensor: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return tensor
-        gathered = self.all_gather(tensor)  # [processes, N, ...]
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten(0, 1)
 
 
 def with_one(features: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""What the self-supervised tasks share: a backbone learns from images without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from framework.batch import UnlabelledBatch
+from framework.errors import ConfigurationError
+from framework.modules.backbone_module import BackboneModule
+
+Encoder = Callable[[Tensor], Tensor]
+"""Images ``[N, 3, H, W]`` to features ``[N, C]``."""
+
+
+class Preview(NamedTuple):
+    """What a task made of some images and what the network answered, to be looked at.
+
+    Attributes:
+        pictures: a row of ``P`` pictures for each image, ``[N, P, 3, H, W]``, normalised as the network's images.
+        captions: the text below each picture, ``N`` lists of ``P``; empty where a picture needs none.
+    """
+
+    pictures: Tensor
+    captions: list[list[str]]
+
+
+class PretextTask(nn.Module):
+    """A task that images set themselves: ``forward(encode, images) -> scalar``.
+
+    A plain module of tensors, usable in any training loop; its parameters are those of the task's own head. The same
+    task pre-trains a backbone alone or goes beside a classifier's loss (:mod:`framework.modules.adaptation`).
+
+    Attributes:
+        diagnostics: what the last forward measured, detached 0-d tensors by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.diagnostics: dict[str, Tensor] = {}
+
+    def forward(self, encode: Encoder, images: Tensor) -> Tensor:
+        """The loss, a mean over the images.
+
+        Args:
+            encode: the backbone, ``[N, 3, H, W]`` to ``[N, C]``.
+            images: shape ``[N, 3, H, W]``; a task that compares views takes ``[N, views, 3, H, W]``.
+        """
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def preview(self, encode: Encoder, images: Tensor) -> Preview:
+        """The task's pictures of some images, with the network's answers; by default the images themselves."""
+        pictures = images if images.dim() == 5 else images[:, None]
+        return Preview(pictures, [[""] * pictures.shape[1] for _ in pictures])
+
+
+class PretrainingModule(BackboneModule):
+    """Base of self-supervised pre-training: a backbone and the head of a task, trained on images without labels.
+
+    A method sets ``self.task`` and is done. Its checkpoint starts any classifier or adaptation method:
+    ``--model.init_from``.
+
+    Args:
+        backbone_learning_rate_factor: the backbone learns at this multiple of ``learning_rate``.
+        options: those of :class:`~framework.modules.backbone_module.BackboneModule`.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    batch_type: ClassVar[type] = UnlabelledBatch
+
+    task: PretextTask
+
+    def __init__(self, *, backbone_learning_rate_factor: float = 1.0, **options: Any) -> None:
+        super().__init__(backbone_learning_rate_factor=backbone_learning_rate_factor, **options)
+
+    def prepare_data(self) -> None:
+        """Refuse a command that needs classes too."""
+        super().prepare_data()
+        command = self.trainer.state.fn
+        if command in ("test", "predict"):
+            raise ConfigurationError(
+                f"Expected a classifier to `{command}`, but {type(self).__name__} knows no classes. "
+                "Start one from its checkpoint: `framework fit --model.init_from <checkpoint>`."
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features ``[N, C]`` of images ``[N, 3, H, W]``."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def training_step(self, batch: UnlabelledBatch, batch_idx: int) -> Tensor | None:
+        """The task's loss."""
+        loss: Tensor = self.task(self.backbone, batch.images)
+        return self.logged_loss(loss, **self.task.diagnostics)
+
+    def validation_step(self, batch: UnlabelledBatch, batch_idx: int) -> None:
+        """The task's loss and what it measures, with the same draws at every validation."""
+        self.reseed(self.global_rank, batch=batch_idx)
+        loss = self.task(self.backbone, batch.images)
+        values = {"val/loss": loss} | {f"val/{name}": value for name, value in self.task.diagnostics.items()}
+        self.log_dict(values, sync_dist=True, prog_bar=True, batch_size=len(batch.images))
+
+    def preview(self, images: Tensor) -> Preview:
+        """Pictures of the task and of what the network makes of it, of images as a batch holds them."""
+        return self.task.preview(self.backbone, images)
