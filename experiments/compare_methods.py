@@ -5,7 +5,8 @@
         --methods full full:weights=none l2_sp:trade_off=0.1 --baseline full:weights=none --score mean_class_accuracy
 
 A method is a file of experiments/methods, for pairs of domains, or of experiments/transfer, for one labelled folder;
-``NAME:option=value,option=value`` changes options of the model, after those of both files.
+``NAME:option=value,option=value`` changes options of the model, after those of both files; ``{seed}`` in a value is the
+cell's seed, as in ``source_only:init_from=lightning_logs/pretraining/seed_{seed}/version_0/checkpoints/last.ckpt``.
 
 Each run is a cell, kept in ``lightning_logs/<experiment>/cells`` under a hash of what it depends on: method, options,
 the files of the data and their names, seed; not where things lie. A finished cell is not run again, so that an
@@ -46,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 PAIR = "DomainPairDataModule"
 METHODS = {PAIR: HERE / "methods", "ImageFolderDataModule": HERE / "transfer"}
 BASELINES = {PAIR: "source_only", "ImageFolderDataModule": "full"}
-FOLDERS = ("root", "source", "target", "source_val", "target_val", "target_test", "predict")
+FOLDERS = ("root", "source", "target", "source_val", "target_val", "target_test", "predict", "folders")
 # where a run is done and what it shows, not what comes out
 ASIDE = {"data": {"num_workers", "eval_batch_size", "check_images", "predict"}, "trainer": {"enable_progress_bar"}}
 
@@ -100,7 +101,8 @@ def compose(
     name, _, overrides = method.partition(":")
     chosen = read(METHODS[kind] / f"{name}.yaml")["model"]
     model = chosen.get("init_args", {}) | configuration.get("model", {}).get("init_args", {})
-    model |= {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in _items(overrides))}
+    overrides = overrides.replace("{seed}", str(seed))
+    model |= {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in option_items(overrides))}
     options = configuration.get("trainer", {}) | trainer
     data, title = configuration["data"]["init_args"], pair.stem
     if labels_per_class is not None:
@@ -119,8 +121,16 @@ def data_class(pair: Path) -> str:
     return str(kind)
 
 
-def _items(overrides: str) -> list[str]:
-    items = [item for item in overrides.split(",") if item]
+def option_items(overrides: str) -> list[str]:
+    """``option=value,option=value`` split at its commas, but for those in brackets."""
+    items, depth = [""], 0
+    for character in overrides:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    items = [item for item in items if item]
     for item in items:
         if "=" not in item:
             raise ConfigurationError(f"Expected `--methods NAME:option=value,option=value`, but got {item!r} in it.")
@@ -164,8 +174,10 @@ class Progress(L.Callback):
         done, planned = trainer.current_epoch + 1, trainer.max_epochs or 1
         seconds = time.monotonic() - self.start
         scores = trainer.callback_metrics
-        accuracy = float(scores.get("val/source_accuracy", scores.get("val/accuracy", float("nan"))))
-        line = f"{self.title}: epoch {done} of {planned}, {seconds:.0f} s, validation {accuracy:.1%}"
+        accuracy = scores.get("val/source_accuracy", scores.get("val/accuracy"))
+        loss = float(scores.get("val/loss", float("nan")))  # all that there is of a pre-training
+        shown = f"loss {loss:.3f}" if accuracy is None else f"{float(accuracy):.1%}"
+        line = f"{self.title}: epoch {done} of {planned}, {seconds:.0f} s, validation {shown}"
         line += self.remaining(seconds * (planned / done - 1))
         if sys.stdout.isatty():
             columns = shutil.get_terminal_size().columns

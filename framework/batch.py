@@ -11,7 +11,8 @@ class LabelledBatch(NamedTuple):
     """Images with labels: what classifiers train on and every test reads.
 
     Attributes:
-        images: shape ``[N, 3, H, W]``; uint8 on the way, normalised floats once on the device.
+        images: shape ``[N, 3, H, W]``, with several views of each ``[N, views, 3, H, W]``; uint8 on the way, normalised
+            floats once on the device.
         labels: class indices, shape ``[N]``.
         domains: which of several source folders each image is from, shape ``[N]``; 0 where that is not said, as in a
             dataset of the user's own.
@@ -38,7 +39,7 @@ class DomainBatch(NamedTuple):
 
     Attributes:
         source: labelled images, ``[N, 3, H, W]`` and ``[N]``.
-        target: unlabelled images, ``[M, 3, H, W]``.
+        target: unlabelled images, ``[M, 3, H, W]``, with several views of each ``[M, views, 3, H, W]``.
     """
 
     source: LabelledBatch

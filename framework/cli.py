@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pydoc
 import re
 import shutil
 import sys
@@ -20,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from framework.cli_errors import ABSTRACT, class_names, constructor_message, missing_class, readable
+from framework.compatibility import check_compatible
 from framework.errors import ConfigurationError, did_you_mean
 from framework.loggers import TensorBoardRun
 from framework.signals import stop_in_order
@@ -106,7 +108,7 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The number of classes comes from the data."""
+        """The number of classes comes from the data, where the data has classes and the model asks for them."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -124,6 +126,9 @@ class CommandLine(LightningCLI):
                     f"Expected `--{key}` to be a class that can be used as it is, but got {name}, a base of others. "
                     f"Known: {', '.join(class_names(key))}."
                 )
+        model, data = (pydoc.locate(config[key].class_path) for key in ("model", "data"))
+        if isinstance(model, type) and isinstance(data, type):
+            check_compatible(model, data, str(self.subcommand))
         arguments = config.model.get("init_args", {})
         if arguments.get("num_classes") is not None:
             raise ConfigurationError("Expected no `--model.num_classes`: it comes from the data. Remove it.")

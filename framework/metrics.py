@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.utilities import dim_zero_cat
 
-from framework.functional import unbiased_mmd
+from framework.functional import linear_probe, nearest_neighbour_scores, unbiased_mmd
+
+ProbePart = Literal["bank", "evaluated"]
 
 
 def test_metrics(num_classes: int) -> MetricCollection:
@@ -119,6 +122,54 @@ class DomainDiscrepancy(Metric):
         if min(len(source), len(target)) < 2:
             return torch.full((), float("nan"), device=source.device)
         return unbiased_mmd(source, target)
+
+
+class ProbeAccuracy(Metric):
+    """Accuracy of a linear classifier of some features, and of a vote of their nearest neighbours.
+
+    Both know the features and labels of a bank of images, and are measured on others; see
+    :func:`~framework.functional.linear_probe` and :func:`~framework.functional.nearest_neighbour_scores`.
+
+    Args:
+        num_classes: number of classes ``K``.
+        neighbours: how many vote.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    bank: list[Tensor]
+    bank_labels: list[Tensor]
+    evaluated: list[Tensor]
+    evaluated_labels: list[Tensor]
+
+    def __init__(self, num_classes: int, neighbours: int = 20, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_classes, self.neighbours = num_classes, neighbours
+        for name in ("bank", "bank_labels", "evaluated", "evaluated_labels"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, labels: Tensor, part: ProbePart) -> None:
+        """Add features ``[N, C]`` and class indices ``[N]`` of one of the two."""
+        self._states(part)[0].append(features.float())
+        self._states(part)[1].append(labels)
+
+    def _states(self, part: str) -> tuple[list[Tensor], list[Tensor]]:
+        return getattr(self, part), getattr(self, f"{part}_labels")
+
+    def compute(self) -> dict[str, Tensor]:
+        """Shares of the evaluated images, of all processes, that are classified rightly, 0-d tensors by name."""
+        bank, bank_labels, images, labels = (
+            dim_zero_cat(state) for part in ("bank", "evaluated") for state in self._states(part)
+        )
+        weight, bias = linear_probe(bank, bank_labels, self.num_classes)
+        scores = {
+            "linear_probe_accuracy": images.double() @ weight.T + bias,
+            "knn_accuracy": nearest_neighbour_scores(images, bank, bank_labels, self.num_classes, self.neighbours),
+        }
+        return {
+            name: multiclass_accuracy(value, labels, self.num_classes, average="micro")
+            for name, value in scores.items()
+        }
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, SampleImages
+from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, PretextImages, SampleImages
 from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from framework.errors import ConfigurationError
 from framework.loggers import AppendingCSVLogger, TensorBoardRun
@@ -21,8 +21,8 @@ class Trainer(L.Trainer):
     """Lightning's Trainer, with runs in ``lightning_logs/<experiment>/version_N``.
 
     It adds, unless told otherwise: TensorBoard and ``metrics.csv`` in the run's folder, the checkpoints ``last.ckpt``
-    and ``best.ckpt`` written atomically, sample images, the hyperparameters with the final metrics, the confusion
-    matrix of a test and the table of a prediction.
+    and ``best.ckpt`` written atomically, sample images, pictures of a self-supervised task, the hyperparameters with
+    the final metrics, the confusion matrix of a test and the table of a prediction.
 
     Args:
         experiment: name of the experiment, a folder below ``lightning_logs``; may hold slashes.
@@ -59,7 +59,9 @@ class Trainer(L.Trainer):
         if logger is None or logger is True:
             root = Path(options.get("default_root_dir") or ".") / "lightning_logs"
             logger = _loggers(root, experiment, run) if not dry else None
-        added: list[Callback] = [] if dry else [SampleImages(), FinalMetrics(), ConfusionMatrix(), PredictionWriter()]
+        added: list[Callback] = []
+        if not dry:
+            added += [SampleImages(), PretextImages(), FinalMetrics(), ConfusionMatrix(), PredictionWriter()]
         if enable_checkpointing is not False and not dry:
             added += [BestCheckpoint(), LastCheckpoint()]
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)

@@ -447,6 +447,101 @@ def test_a_run_with_several_sources(
     assert "`--data.source` to name as many folders as in the run" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------- images without labels
+PRETRAINING = "--model RotationPrediction --model.backbone resnet8 "
+UNLABELLED = (
+    "--data UnlabelledFolderDataModule --data.folders '[{d}/source, {d}/target]' --data.image_size 16 "
+    "--data.crop pad --data.num_workers 0 --data.batch_size 4 "
+)
+ONE = (
+    "--data ImageFolderDataModule --data.root {d}/source --data.image_size 16 --data.num_workers 0 --data.batch_size 4 "
+)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--data.folders '[{d}/source, {d}/target]'", "--data.folders {d}/source --data.folders+={d}/target"]
+)
+def test_folders_from_flags(flags: str, resolved: Callable[[str], dict[str, Any]], domains: Path) -> None:
+    data = "--data UnlabelledFolderDataModule "
+    both = resolved("fit " + PRETRAINING + data + flags)["data"]["init_args"]["folders"]
+    assert both == [f"{domains}/source", f"{domains}/target"]
+    one = resolved("fit " + PRETRAINING + data + flags + " --data.folders {d}/source")["data"]["init_args"]["folders"]
+    assert one == f"{domains}/source"
+
+
+def test_pretraining_needs_no_classes_and_resumes(
+    command: Callable[[str], int], domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = TRAINER.replace("max_epochs 2", "max_epochs 1")
+    assert command("fit " + PRETRAINING + UNLABELLED + once) == 0
+    run, whole = tmp_path / RUN, tmp_path / "lightning_logs" / "whole" / "version_0"
+    assert command(f"fit --run {run} --trainer.max_epochs 2") == 0
+    assert command("fit " + PRETRAINING + UNLABELLED + TRAINER + "--trainer.experiment whole") == 0
+    resumed, uninterrupted = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, whole))
+    assert resumed["UnlabelledFolderDataModule"] == uninterrupted["UnlabelledFolderDataModule"]
+    assert resumed["UnlabelledFolderDataModule"]["folders"] == [f"{domains}/source", f"{domains}/target"]
+    for name, value in uninterrupted["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    assert rows(run) == rows(whole)
+    assert "num_classes" not in resumed["hyper_parameters"]
+    assert command(f"validate --run {run}") == 0
+    assert {"val/loss", "val/rotation_accuracy"} <= {name for _, name, _ in rows(run)}
+    # and it starts a classifier
+    capsys.readouterr()
+    line = "fit --model ResidualClassifier --model.backbone resnet8 " + ONE + once
+    assert command(line + f"--model.init_from {run}/checkpoints/last.ckpt") == 0
+    assert "backbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "fit --model ResidualClassifier " + UNLABELLED,
+            "Expected `--data` to serve a LabelledBatch, on which ResidualClassifier trains, but "
+            "UnlabelledFolderDataModule serves an UnlabelledBatch. Take `--data ImageFolderDataModule`.",
+        ),
+        ("fit " + MODEL + UNLABELLED, "serve a DomainBatch, on which DANN trains,"),
+        ("fit " + MODEL + UNLABELLED, "Take `--data DomainPairDataModule`."),
+        (
+            "fit " + PRETRAINING + ONE,
+            "Expected `--data` to serve an UnlabelledBatch, on which RotationPrediction trains, but "
+            "ImageFolderDataModule serves a LabelledBatch. Take `--data UnlabelledFolderDataModule`.",
+        ),
+        ("fit " + PRETRAINING + DATA, "DomainPairDataModule serves a DomainBatch. Take `--data UnlabelledFolderDataM"),
+        ("test --trainer.fast_dev_run true --model ResidualClassifier " + UNLABELLED, "to hold what `test` needs, but"),
+        ("predict --trainer.fast_dev_run true " + MODEL + UNLABELLED, "Take `--data DomainPairDataModule`."),
+        (
+            "test --trainer.fast_dev_run true " + PRETRAINING + UNLABELLED,
+            "Expected a classifier to `test`, but RotationPrediction knows no classes. Start one from its checkpoint",
+        ),
+        (
+            "predict --trainer.fast_dev_run true " + PRETRAINING + ONE,
+            "Expected a classifier to `predict`, but Rotation",
+        ),
+        ("fit " + PRETRAINING + UNLABELLED + "--data.labels_per_class 2", "Expected no `--data.labels_per_class` with"),
+        ("fit " + PRETRAINING + UNLABELLED + "--data.batch_size 5", "`--data.batch_size` to be a multiple of 2,"),
+        ("fit " + PRETRAINING + UNLABELLED + "--data.views 2", "Expected `--data.views` to be 1, on which Rotation"),
+        ("fit " + PRETRAINING + UNLABELLED + "--data.crop_scale 0.2", "Expected `--data.crop_scale` to be a list"),
+        ("fit " + PRETRAINING + UNLABELLED + "--data.crop_scale '[0.5, 2]'", "`--data.crop_scale` to be two shares of"),
+        (
+            "fit " + PRETRAINING + UNLABELLED + "--data.blur 7",
+            "Expected `--data.blur` to be a probability, from 0 to 1",
+        ),
+        ("fit " + PRETRAINING + "--data UnlabelledFolderDataModule", "Expected `--data.folders`, which"),
+        ("fit " + PRETRAINING + UNLABELLED + "--model.num_classes 3", "`--model.num_classes` to be an option of Rotat"),
+    ],
+)
+def test_what_does_not_go_together(
+    line: str, message: str, command: Callable[[str], int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command(line + " --trainer.accelerator cpu") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.rglob("version_*"))  # and leaves no run
+
+
 # ---------------------------------------------------------------------- start
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_light_start(argument: str) -> None:

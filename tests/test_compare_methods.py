@@ -16,6 +16,7 @@ import comparison_table
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -220,6 +221,44 @@ def test_options_of_a_method_make_another_cell(compare: ModuleType, pair: Path) 
     changed = yaml.safe_load((Path("lightning_logs/comparison") / second["run"] / "hparams.yaml").read_text())
     assert (changed["trade_off"], changed["bottleneck_features"]) == (0.5, 4)
     assert compare.compose("dan", pair, 0, {}).model["trade_off"] != 0.5
+    nested = "cdan_mcc:terms={dan: 1, mcc: 0.5},term_options={dan: {kernel_scales: [1, 2]}, mcc: {}},trade_off=2"
+    model = compare.compose(nested, pair, 0, {}).model
+    assert (model["terms"], model["trade_off"]) == ({"dan": 1, "mcc": 0.5}, 2)
+    assert model["term_options"] == {"dan": {"kernel_scales": [1, 2]}, "mcc": {}}
+
+
+def test_the_seed_in_an_option(
+    compare: ModuleType, pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each seed's cell starts from that seed's file; the table has one method, under the name that was given."""
+    first = ["--data", str(pair), "--methods", "source_only", "--seeds", "2", "--experiment", "first"]
+    assert compare.main(first) == 0
+    for row in rows("first"):
+        (tmp_path / f"seed_{row['seed']}").mkdir()
+        checkpoint = Path("lightning_logs/first") / row["run"] / "checkpoints" / "last.ckpt"
+        shutil.copy(checkpoint, tmp_path / f"seed_{row['seed']}" / "a.ckpt")
+    name = "source_only:init_from=seed_{seed}/a.ckpt,learning_rate=0.0,backbone_learning_rate_factor=0.0"
+    words = ["--data", str(pair), "--methods", name, "--baseline", name, "--seeds"]
+    assert compare.main([*words, "2"]) == 0
+    assert [(row["method"], row["seed"], row["status"]) for row in rows()] == [
+        (name, "0", "finished"),
+        (name, "1", "finished"),
+    ]
+    for row in rows():
+        begun = torch.load(f"seed_{row['seed']}/a.ckpt", weights_only=True)["state_dict"]
+        ended = torch.load(
+            Path("lightning_logs/comparison") / row["run"] / "checkpoints" / "last.ckpt", weights_only=True
+        )["state_dict"]
+        assert torch.equal(ended["backbone.conv1.weight"], begun["backbone.conv1.weight"])
+    assert name in Path("lightning_logs/comparison/table.md").read_text()
+    # by content: what another seed starts from changes that seed's cell alone
+    shutil.copy("seed_0/a.ckpt", "seed_1/a.ckpt")
+    capsys.readouterr()
+    assert compare.main([*words, "2"]) == 0
+    assert "2 cells: 1 are finished, 1 to run." in capsys.readouterr().out
+    # a file that is not there is that cell's failure
+    assert compare.main([*words, "3"]) == 1
+    assert "'seed_2/a.ckpt' does not exist" in rows()[2]["status"]
 
 
 def test_one_folder_with_few_labels(

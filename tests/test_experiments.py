@@ -17,10 +17,11 @@ import timm
 import torch
 import torchvision
 import yaml
+from pretraining_contract import SMALL as SMALL_TASKS
 
 from framework.__main__ import main
 from framework.datamodules import ImageFolderDataModule
-from framework.modules import DomainAdaptation, ResidualClassifier, TransferClassifier
+from framework.modules import DomainAdaptation, PretrainingModule, ResidualClassifier, TransferClassifier
 from framework.networks.backbones import create_backbone, list_backbones
 from framework.trainer import Trainer
 
@@ -28,9 +29,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXPERIMENTS = REPOSITORY / "experiments"
 METHODS = sorted((EXPERIMENTS / "methods").glob("*.yaml"))
 TRANSFER = sorted((EXPERIMENTS / "transfer").glob("*.yaml"))
+PRETRAINING = sorted((EXPERIMENTS / "pretraining").glob("*.yaml"))  # model and, but for the folders, data
 DATA = sorted((EXPERIMENTS / "data").glob("*.yaml"))
 WHOLE = sorted(EXPERIMENTS.glob("*.yaml"))  # model and data in one file
-FOLDERS = ("source", "target", "target_test", "source_val", "target_val")
+FOLDERS = ("source", "target", "target_test", "source_val", "target_val", "folders")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -48,10 +50,12 @@ def serves(path: Path) -> str:
 
 PAIRS = [path for path in DATA if serves(path) == "DomainPairDataModule"]
 SINGLE = [path for path in DATA if serves(path) == "ImageFolderDataModule"]
+UNLABELLED = [path for path in DATA if serves(path) == "UnlabelledFolderDataModule"]
 COMPOSITIONS = [
     # each method with one pair in turn, and each pair with one method: the two kinds of file know nothing of each other
     *dict.fromkeys([*zip(METHODS, itertools.cycle(PAIRS)), *zip(itertools.cycle(METHODS), PAIRS)]),
     *dict.fromkeys([*zip(TRANSFER, itertools.cycle(SINGLE)), *zip(itertools.cycle(TRANSFER), SINGLE)]),
+    *dict.fromkeys([*zip(PRETRAINING, itertools.cycle(UNLABELLED)), *zip(itertools.cycle(PRETRAINING), UNLABELLED)]),
     *itertools.product(WHOLE, SINGLE),
 ]
 SMALL = shlex.split(
@@ -61,7 +65,10 @@ SMALL = shlex.split(
 
 
 def needs(path: Path) -> list[str]:
-    """Flags that give a file of experiments/transfer what it needs to run on the small folders."""
+    """Flags that give a file of experiments/transfer or pretraining what it needs to run on the small folders."""
+    if path in PRETRAINING:
+        known = read(path)["model"]["init_args"]
+        return [w for key, value in SMALL_TASKS.items() if key in known for w in (f"--model.{key}", str(value))]
     if path not in TRANSFER:
         return []
     if path.stem == "lora":
@@ -122,11 +129,9 @@ def assert_holds(options: dict[str, Any], expected: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------- what the files hold
 def test_every_yaml_is_of_a_kind_that_is_tested() -> None:
-    assert {*METHODS, *TRANSFER, *PAIRS, *SINGLE, *WHOLE} == set(EXPERIMENTS.rglob("*.yaml"))
-    assert METHODS
-    assert PAIRS
-    assert SINGLE
-    assert WHOLE
+    kinds = [METHODS, TRANSFER, PRETRAINING, PAIRS, SINGLE, UNLABELLED, WHOLE]
+    assert all(kinds)
+    assert set(itertools.chain(*kinds)) == set(EXPERIMENTS.rglob("*.yaml"))
     for path in (*METHODS, *TRANSFER):
         assert list(read(path)) == ["model"], path
     for path in DATA:
@@ -135,6 +140,10 @@ def test_every_yaml_is_of_a_kind_that_is_tested() -> None:
         assert content.get("model", {}).keys() <= {"init_args"}, f"{path} names a class: it would replace the method's"
     for path in WHOLE:
         assert {"model", "data"} <= read(path).keys(), path
+    for path in PRETRAINING:
+        assert {"model", "data"} <= read(path).keys() <= {"model", "data", "trainer"}, path
+        assert serves(path) == "UnlabelledFolderDataModule", path
+        assert "folders" not in read(path)["data"]["init_args"], path
 
 
 def test_every_method_has_a_file_and_every_file_a_method() -> None:
@@ -147,9 +156,10 @@ def test_every_method_has_a_file_and_every_file_a_method() -> None:
     bases = {"RegularizedTransfer", "SourceTaskTransfer"}
     learned = {"TransferClassifier", *subclasses(TransferClassifier)} - bases
     assert {read(path)["model"]["class_path"] for path in TRANSFER} == learned
+    assert {read(path)["model"]["class_path"] for path in PRETRAINING} == subclasses(PretrainingModule)
 
 
-@pytest.mark.parametrize("path", [*METHODS, *TRANSFER, *DATA, *WHOLE], ids=name)
+@pytest.mark.parametrize("path", [*METHODS, *TRANSFER, *PRETRAINING, *DATA, *WHOLE], ids=name)
 def test_every_number_is_one(path: Path) -> None:
     """``1e-3`` is a text to YAML 1.1, which a script that reads these files would get."""
 
@@ -163,7 +173,7 @@ def test_every_number_is_one(path: Path) -> None:
     check(read(path))
 
 
-@pytest.mark.parametrize("path", [*METHODS, *TRANSFER, *DATA, *WHOLE], ids=name)
+@pytest.mark.parametrize("path", [*METHODS, *TRANSFER, *PRETRAINING, *DATA, *WHOLE], ids=name)
 def test_its_backbone_and_weights_exist(path: Path) -> None:
     options = read(path).get("model", {}).get("init_args", {})
     if "backbone" in options:
@@ -246,10 +256,23 @@ def test_a_whole_file_runs_on_any_folder(path: Path, here: Path) -> None:
         assert main([*configs(path), *flags, *SMALL, "--trainer.fast_dev_run", "true"]) == 0
 
 
-@pytest.mark.parametrize("path", WHOLE, ids=name)
-def test_a_whole_file_asks_for_the_folder(path: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("path", PRETRAINING, ids=name)
+@pytest.mark.parametrize("given", ["photos", "[photos, photos/bird]"], ids=["one folder", "two folders"])
+def test_pretraining_runs_on_any_folders(path: Path, given: str, here: Path) -> None:
+    flags = ["--data.folders", given, *SMALL, *needs(path), "--trainer.fast_dev_run", "true"]
+    assert main([*configs(path), *flags]) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "flag"),
+    [*((path, "`--data.root`") for path in WHOLE), *((path, "`--data.folders`") for path in PRETRAINING)],
+    ids=lambda value: name(value) if isinstance(value, Path) else "",
+)
+def test_a_whole_file_asks_for_the_folder(
+    path: Path, flag: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(configs(path)) == 2
-    assert "`--data.root`" in capsys.readouterr().err
+    assert flag in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=name)

@@ -10,7 +10,8 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from framework import metrics
-from framework.metrics import CalibrationError, InformationMaximization
+from framework.functional import linear_probe, nearest_neighbour_scores
+from framework.metrics import CalibrationError, InformationMaximization, ProbeAccuracy
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -135,3 +136,41 @@ def test_calibration_of_logits_between_zero_and_one() -> None:
     metric = CalibrationError(2, n_bins=15)
     metric.update(torch.tensor([[0.9, 0.1]]), torch.tensor([0]))
     assert metric.compute().item() == pytest.approx(1 - 1 / (1 + np.exp(-0.8)), abs=1e-6)
+
+
+def probed(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.randint(3, (count,))
+    return torch.randn(count, 5) + 1.2 * torch.nn.functional.one_hot(labels, 5), labels
+
+
+def test_probe_accuracy() -> None:
+    (bank, bank_labels), (images, labels) = probed(90), probed(60)
+    metric = ProbeAccuracy(3, neighbours=7)
+    for features, truth, part in ((bank, bank_labels, "bank"), (images, labels, "evaluated")):
+        for some in torch.arange(len(features)).split(32):
+            metric.update(features[some], truth[some], part)  # type: ignore[arg-type]
+    weight, bias = linear_probe(bank, bank_labels, 3)
+    linear = (images.double() @ weight.T + bias).argmax(dim=1)
+    nearest = nearest_neighbour_scores(images, bank, bank_labels, 3, neighbours=7).argmax(dim=1)
+    values = {name: value.item() for name, value in metric.compute().items()}
+    assert values == {
+        "linear_probe_accuracy": pytest.approx(accuracy_score(labels, linear)),
+        "knn_accuracy": pytest.approx(accuracy_score(labels, nearest)),
+    }
+    assert len(set(values.values())) == 2
+    assert all(0.4 < value < 0.95 for value in values.values())
+
+
+def test_probe_accuracy_of_two_processes() -> None:
+    """The processes' images are put together, however many each has."""
+    parts = {"bank": probed(41), "evaluated": probed(23)}
+    whole, first, second = (ProbeAccuracy(3, neighbours=7) for _ in range(3))
+    for part, (features, labels) in parts.items():
+        whole.update(features, labels, part)  # type: ignore[arg-type]
+        first.update(features[::2], labels[::2], part)  # type: ignore[arg-type]
+        second.update(features[1::2], labels[1::2], part)  # type: ignore[arg-type]
+    for name, reduction in first._reductions.items():
+        setattr(first, name, reduction([*getattr(first, name), *getattr(second, name)]))
+    first._computed = None
+    for name, value in whole.compute().items():
+        assert first.compute()[name] == pytest.approx(value.item())

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import contract
 import fuse
+import pretraining_contract
 import pytest
 import transfer_contract
 import yaml
@@ -73,6 +74,7 @@ def there(tmp_path_factory: pytest.TempPathFactory, images: Callable[..., Path])
         images(root / "data" / "digits" / folder, classes, count=2, size=16)
     for folder in ("photos", "sketches", "folder"):
         images(root / "path" / "to" / folder, classes, count=2)
+    images(root / "path" / "to" / "labelled", classes, count=20)  # a part of it is held out
     before = Path.cwd()
     os.chdir(root)
     try:
@@ -113,10 +115,24 @@ def test_every_command_parses(words: list[str], here: Path, capsys: pytest.Captu
     assert configuration["model"]["class_path"]
     assert configuration["data"]["class_path"]
     for flag, value in itertools.pairwise(arguments):
-        if flag == "--trainer.callbacks+=ExponentialMovingAverage":
-            assert configuration["trainer"]["callbacks"][-1]["class_path"].endswith("ExponentialMovingAverage")
+        if flag.startswith("--trainer.callbacks+="):
+            added = [callback["class_path"].rsplit(".", 1)[-1] for callback in configuration["trainer"]["callbacks"]]
+            assert flag.removeprefix("--trainer.callbacks+=") in added
         elif flag.startswith("--trainer.") and not flag.startswith("--trainer.callbacks"):
             assert str(configuration["trainer"][flag.removeprefix("--trainer.")]) == value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for words in FRAMEWORK if words[1] == "fit" and any("/pretraining/" in word for word in words)],
+    ids=lambda words: " ".join(words)[:120],
+)
+def test_every_command_of_pretraining_runs(words: list[str], here: Path) -> None:
+    """A batch of each, on the folders that it names, with a network and a task for small images."""
+    file = next(here / word for word in words if "/pretraining/" in word)
+    known = yaml.safe_load(file.read_text())["model"]["init_args"]
+    task = [w for key, v in pretraining_contract.SMALL.items() if key in known for w in (f"--model.{key}", str(v))]
+    assert main([*words[1:], *SMALL, *task, "--trainer.fast_dev_run", "true"]) == 0
 
 
 @pytest.mark.parametrize(("page", "words"), ALL, ids=lambda value: " ".join(value)[:80])
@@ -232,7 +248,9 @@ def test_every_path_exists(page: str) -> None:
     named = {word for word in quoted if re.match(r"(experiments|framework|scripts|tests|\.ci)/", word)}
     if page == "experiments":
         named |= {
-            f"{page}/{word}" for word in quoted if re.fullmatch(r"((data|methods|transfer)/)?\w+\.(yaml|py)", word)
+            f"{page}/{word}"
+            for word in quoted
+            if re.fullmatch(r"((data|methods|transfer|pretraining)/)?\w+\.(yaml|py)", word)
         }
     assert len(named) > 4
     assert [word for word in named if "<" not in word and not (REPOSITORY / word).exists()] == []
@@ -251,13 +269,32 @@ def test_the_table_of_methods_is_whole() -> None:
         assert all(row), name
         for path in files[name]:
             assert yaml.safe_load((REPOSITORY / path).read_text())["model"]["class_path"] == name
-        docstring = " ".join((sys.modules[classes[name].__module__].__doc__ or "").split())
-        for author, year in re.findall(
-            r"(\w+)(?: (?:et al\.|& \w+|and \w+))?, \[.*?\]\([^)]*\),? [^;]*?(\d{4})", row[1]
-        ):
-            assert author in docstring, (name, author)
-            assert year in docstring, (name, year)
+        assert cited(row[1], sys.modules[classes[name].__module__].__doc__), name
         assert name == "SourceOnly" or re.search(r"\d{4}", row[1]), name
+
+
+def cited(cell: str, documentation: str | None) -> bool:
+    """Whether the first authors and years of a table's papers, if it names any, stand in a module's documentation."""
+    text = " ".join((documentation or "").split())
+    papers = re.findall(r"(\w+)(?: (?:et al\.|& \w+|and \w+))?, \[.*?\]\([^)]*\),? [^;]*?(\d{4})", cell)
+    return all(word in text for paper in papers for word in paper)
+
+
+def test_the_table_of_pretraining_is_whole() -> None:
+    """Every class has a row with its files, and the paper is one that the module names."""
+    rows = {row[0].strip("`"): row for row in table(README, "pre-training")}
+    classes = {cls.__name__: cls for cls in pretraining_contract.methods()}
+    assert rows.keys() == classes.keys()
+    files = {name: re.findall(r"\]\((experiments/pretraining/[^)]+)\)", row[-1]) for name, row in rows.items()}
+    existing = sorted((REPOSITORY / "experiments" / "pretraining").glob("*.yaml"))
+    assert sorted(itertools.chain(*files.values())) == [path.relative_to(REPOSITORY).as_posix() for path in existing]
+    for name, row in rows.items():
+        assert len(row) == 5
+        assert all(row), name
+        for path in files[name]:
+            assert yaml.safe_load((REPOSITORY / path).read_text())["model"]["class_path"] == name
+        assert re.search(r"\]\(https://[^)]+\), [^|]*\d{4}", row[1]), name
+        assert cited(row[1], sys.modules[classes[name].__module__].__doc__), name
 
 
 def test_the_table_of_transfer_is_whole() -> None:
@@ -319,6 +356,14 @@ def test_the_table_of_diagnostics_is_whole(domains: Path, tmp_path: Path, images
         names = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
         own = [name for name in names if name.startswith("train/") and not any(matches(g, name) for g in general)]
         found |= {(name, case.method.__name__) for name in own}
+    pretraining_contract.prepare(tmp_path / "pretraining", images)
+    for method in pretraining_contract.methods():
+        logger = CSVLogger(tmp_path / method.__name__)
+        folders = tmp_path / "pretraining"
+        pretraining_contract.fit(method, folders, max_epochs=1, log_every_n_steps=1, logger=logger)
+        names = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+        own = [name for name in names if name.startswith("train/") and not any(matches(g, name) for g in general)]
+        found |= {(name, method.__name__) for name in own}
     assert sorted(found - described) == []
     assert sorted(described - found) == []
 
@@ -346,7 +391,8 @@ def test_every_data_file_is_in_the_table_of_experiments() -> None:
     for path in (REPOSITORY / "experiments" / "data").glob("*.yaml"):
         assert f"`data/{path.name}`" in text, path.name
         options = yaml.safe_load(path.read_text())["data"]["init_args"]
-        for named in (options[key] for key in ("source", "target", "target_test", "root") if key in options):
+        keys = ("source", "target", "target_test", "root", "folders")
+        for named in (options[key] for key in keys if key in options):
             for folder in [named] if isinstance(named, str) else named:
                 assert "/".join(folder.split("/")[:2]) in text
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from framework.__main__ import main
 from framework.checkpoints import AtomicCheckpointIO
-from framework.datamodules.base import leave_stopping_to_the_run
+from framework.datamodules.workers import leave_stopping_to_the_run
 
 STEPS, EPOCHS = 12, 3
 COMMAND = (

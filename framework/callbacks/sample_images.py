@@ -10,14 +10,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from framework.batch import DomainBatch, LabelledBatch
+from framework.batch import DomainBatch, LabelledBatch, UnlabelledBatch
 from framework.progress import batches_processed
 
 
 class SampleImages(L.Callback):
     """Shows images of the first training batch once, as the network sees them: ``train/source``, ``train/target``.
 
-    Of several source folders, each has a grid of its own, by its number: ``train/source_0``, ``train/source_1``, …
+    Of several source folders, each has a grid of its own, by its number: ``train/source_0``, ``train/source_1``, …;
+    of several unlabelled folders ``train/folder_0``, …. One folder alone is ``train/images``.
 
     Args:
         most: images a domain.
@@ -34,8 +35,10 @@ class SampleImages(L.Callback):
             return
         if isinstance(batch, DomainBatch):
             images = {**_by_domain(batch.source), "target": batch.target}
+        elif isinstance(batch, UnlabelledBatch):
+            images = _by_folder(batch.images, len(getattr(trainer.datamodule, "folders", [])))  # type: ignore[attr-defined]
         elif isinstance(batch, LabelledBatch):
-            images = {"images": batch.images.flatten(0, -4)}  # several views of an image stand side by side
+            images = {"images": batch.images}
         else:
             return
         for logger in trainer.loggers:
@@ -44,6 +47,7 @@ class SampleImages(L.Callback):
                     logger.experiment.add_image(f"train/{name}", self._grid(trainer, tensor), 0)
 
     def _grid(self, trainer: L.Trainer, images: Tensor) -> Tensor:
+        images = images.flatten(0, -4)  # several views of an image stand side by side
         images = images[: self.most].detach().cpu().float()
         denormalize = getattr(trainer.datamodule, "denormalize", None)  # type: ignore[attr-defined]
         if denormalize is None:  # loaders of the user's own: stretch each image to [0, 1]
@@ -58,3 +62,9 @@ def _by_domain(source: LabelledBatch) -> dict[str, Tensor]:
     if source.domains is None or len(domains) < 2:
         return {"source": source.images}
     return {f"source_{domain}": source.images[source.domains == domain] for domain in domains}
+
+
+def _by_folder(images: Tensor, folders: int) -> dict[str, Tensor]:
+    if folders < 2:
+        return {"images": images}
+    return {f"folder_{folder}": images[folder::folders] for folder in range(folders)}

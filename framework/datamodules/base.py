@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import csv
-import hashlib
-import io
-import multiprocessing
-import signal
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -18,16 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from framework.batch import DomainBatch, LabelledBatch, PredictionBatch
-from framework.datamodules.datasets import ImagesWithPaths, LabelledImages, UnlabelledImages
-from framework.datamodules.folders import ImageFiles, check_images, few_of_each_class
-from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
-from framework.datamodules.transforms import (
-    Crop,
-    Views,
-    evaluation_transform,
-    training_transform,
+from framework.batch import DomainBatch, LabelledBatch, PredictionBatch, UnlabelledBatch
+from framework.datamodules.checks import (
+    check_amount,
+    check_at_least,
+    check_augmentation,
+    check_fraction,
+    check_resize,
+    check_statistics,
 )
+from framework.datamodules.datasets import ImagesAlone, LabelledImages, UnlabelledImages
+from framework.datamodules.folders import ImageFiles, check_images, few_of_each_class, joined, stratified_split
+from framework.datamodules.split_manifest import split_identity, split_table, write_manifest
+from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
+from framework.datamodules.transforms import AREAS, Crop, Views, evaluation_transform, training_transform
+from framework.datamodules.workers import leave_stopping_to_the_run
 from framework.errors import ConfigurationError
 from framework.networks.preprocessing import Preprocessing
 from framework.progress import batches_processed
@@ -53,16 +52,20 @@ class ImageDataModule(L.LightningDataModule):
             is known when the Trainer runs, and of a trained model what it was trained with. Without a Trainer, or with
             a model that does not say: 224, and ImageNet's statistics.
         resize_size: square that images are resized to before a crop; default: ``image_size * 256 / 224``.
+        views: how many random views of each training image a batch holds, for the methods that compare them; above 1
+            the images of a training batch are ``[N, views, 3, H, W]``.
         crop: training crop, ``random_resized``, ``pad``, ``center`` or ``none``.
+        crop_scale: the least and the largest area of a ``random_resized`` crop, as shares of the image.
         horizontal_flip: mirror half of the training images.
+        color_jitter: strength of random changes of brightness, contrast, saturation and hue of training images; 0 for
+            none, 1 as SimCLR on ImageNet, 0.5 on small images.
+        grayscale: probability of taking the colours out of a training image.
+        blur: probability of blurring a training image.
         mean, std: per-channel statistics of the normalisation, for images in [0, 1]; default: as ``image_size``.
         check_images: decode every file once before training, so that a corrupt one ends the run at its start.
         num_workers: loader processes per domain.
         seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
     """
-
-    views = 1
-    """How many views of each training image a batch holds."""
 
     def __init__(
         self,
@@ -74,8 +77,13 @@ class ImageDataModule(L.LightningDataModule):
         labels_per_class: int | float | None = None,  # the whole number first: 1 is not 1.0
         image_size: int | None = None,
         resize_size: int | None = None,
+        views: int = 1,
         crop: Crop = "random_resized",
+        crop_scale: tuple[float, float] = AREAS,
         horizontal_flip: bool = True,
+        color_jitter: float = 0.0,
+        grayscale: float = 0.0,
+        blur: float = 0.0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         check_images: bool = True,
@@ -84,27 +92,28 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        _at_least("--data.batch_size", batch_size, 1)
-        _at_least("--data.eval_batch_size", eval_batch_size, 1)
-        _at_least("--data.steps_per_epoch", steps_per_epoch, 1)
-        _at_least("--data.image_size", image_size, 1)
-        _at_least("--data.num_workers", num_workers, 0)
-        _fraction("--data.val_fraction", val_fraction)
-        _amount("--data.labels_per_class", labels_per_class)
+        check_at_least("--data.batch_size", batch_size, 1)
+        check_at_least("--data.eval_batch_size", eval_batch_size, 1)
+        check_at_least("--data.steps_per_epoch", steps_per_epoch, 1)
+        check_at_least("--data.image_size", image_size, 1)
+        check_at_least("--data.num_workers", num_workers, 0)
+        check_fraction("--data.val_fraction", val_fraction)
+        check_amount("--data.labels_per_class", labels_per_class)
         if resize_size is not None and image_size is not None:
-            _check_resize(resize_size, image_size)
-        for flag, values in (("--data.mean", mean), ("--data.std", std)):
-            if values is None:
-                continue
-            if len(values) != 3 or (flag == "--data.std" and min(values) <= 0):
-                raise ConfigurationError(f"Expected `{flag}` to be three numbers (std above 0), but got {values}.")
+            check_resize(resize_size, image_size)
+        check_at_least("--data.views", views, 1)
+        check_augmentation(crop_scale, color_jitter, grayscale, blur)
+        check_statistics(mean, std)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.steps_per_epoch = steps_per_epoch
         self.val_fraction = val_fraction
         self.labels_per_class = labels_per_class
         training_transform(1, 1, crop, horizontal_flip)  # a crop that there is not
+        self.views = views
         self.crop, self.horizontal_flip = crop, horizontal_flip
+        self.crop_scale = (crop_scale[0], crop_scale[1])
+        self.color_jitter, self.grayscale, self.blur = color_jitter, grayscale, blur
         self._given: dict[str, Any] = {
             "image_size": image_size,
             "mean": None if mean is None else tuple(mean),
@@ -159,7 +168,7 @@ class ImageDataModule(L.LightningDataModule):
         """The square that images are resized to before a crop, in pixels."""
         if self._resize_size is None:
             return round(self.image_size * 256 / 224)
-        _check_resize(self._resize_size, self.image_size)
+        check_resize(self._resize_size, self.image_size)
         return self._resize_size
 
     @property
@@ -175,7 +184,16 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def train_transform(self) -> v2.Transform:
         """From the pixels of a file to a training image, both uint8."""
-        return training_transform(self.image_size, self.resize_size, self.crop, self.horizontal_flip)
+        return training_transform(
+            self.image_size,
+            self.resize_size,
+            self.crop,
+            self.horizontal_flip,
+            crop_scale=self.crop_scale,
+            color_jitter=self.color_jitter,
+            grayscale=self.grayscale,
+            blur=self.blur,
+        )
 
     @property
     def eval_transform(self) -> v2.Transform:
@@ -203,7 +221,9 @@ class ImageDataModule(L.LightningDataModule):
         self._splits, self._used = {}, {}
         self._scan(stage)
         if stage == "fit" and self._splits and self.trainer is not None and self.trainer.loggers:
-            self._write_manifest(self.trainer.log_dir)
+            folder = self.trainer.log_dir
+            if folder is not None and self.trainer.is_global_zero:
+                write_manifest(folder, self._split_table(labelled=True))
 
     @property
     def _stage(self) -> str:
@@ -252,6 +272,19 @@ class ImageDataModule(L.LightningDataModule):
             return " or raise `--data.labels_per_class`."
         return " or `--data.val_fraction`." if self.val_fraction else "."
 
+    def _held_out(self, folders: Sequence[ImageFiles], of: str = "") -> tuple[ImageFiles, ImageFiles]:
+        """Training and validation part of each folder, split by the seed; with labels class by class."""
+        if self.val_fraction == 0:
+            return joined(folders), joined(folders)
+        trains, vals = [], []
+        for files in folders:
+            held_out, kept = stratified_split(files.labels or [0] * len(files), [self.val_fraction], self.seed)
+            trains.append(files.subset(kept))
+            vals.append(files.subset(held_out or kept))
+        train, val = joined(trains), joined(vals)
+        self._splits |= {f"{of}train": train, f"{of}val": val}
+        return train, val
+
     def _with_few_labels(self, train: ImageFiles, val: ImageFiles, of: str = "") -> tuple[ImageFiles, ImageFiles]:
         """What ``labels_per_class`` leaves of the training images, and of validation where that is on them too."""
         if self.labels_per_class is None:
@@ -269,30 +302,7 @@ class ImageDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ the split's manifest
     def _split_table(self, labelled: bool = False) -> str:
         """The splits, or with ``labelled`` what is used of them: a run with more labels has the same splits."""
-        splits = self._splits | self._used if labelled else self._splits
-        rows = io.StringIO()
-        writer = csv.writer(rows, lineterminator="\n")
-        several = any(len(files.roots) > 1 for files in splits.values())  # where a file's name may be there twice
-        writer.writerow(["split", "folder", "file"] if several else ["split", "file"])
-        for name, files in splits.items():
-            folders = [str(root.resolve()) for root in files.roots]
-            # by folder, so that the order in which the folders are given makes no other split
-            for domain, path in sorted(zip(files.domains, files.paths, strict=True), key=lambda row: folders[row[0]]):
-                file = Path(path).relative_to(files.roots[domain]).as_posix()
-                writer.writerow([name, folders[domain], file] if several else [name, file])
-        return rows.getvalue()
-
-    def _write_manifest(self, folder: str | None) -> None:
-        if folder is None or not self.trainer.is_global_zero:  # type: ignore[union-attr]
-            return
-        path = Path(folder) / "split.csv"
-        if not path.exists():  # a resumed run has it already, and load_state_dict compares
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._split_table(labelled=True), encoding="utf-8")
-
-    def _split_identity(self) -> dict[str, str]:
-        roots = sorted({str(root.resolve()) for files in self._splits.values() for root in files.roots})
-        return {"roots": "\n".join(roots), "digest": hashlib.sha256(self._split_table().encode()).hexdigest()}
+        return split_table(self._splits | self._used if labelled else self._splits)
 
     # ------------------------------------------------------------------ checkpoint
     def _processed(self) -> int:
@@ -305,7 +315,7 @@ class ImageDataModule(L.LightningDataModule):
             "batches": self._processed(),
             "seed": self.seed,
             "images_per_step": self.batch_size * self._world_size,
-            "split": self._split_identity(),
+            "split": split_identity(self._splits),
             "preprocessing": self.preprocessing.plain(),
             "labels_per_class": self.labels_per_class,
         }
@@ -329,7 +339,7 @@ class ImageDataModule(L.LightningDataModule):
                 f"Expected `--data.labels_per_class {before}`, as in the run of the checkpoint, but got {now}: it "
                 "would go on with other training images."
             )
-        split = self._split_identity()
+        split = split_identity(self._splits)
         if split["roots"] == state["split"]["roots"] and split["digest"] != state["split"]["digest"]:
             folders = split["roots"].replace("\n", "' and '")
             raise ConfigurationError(
@@ -354,17 +364,24 @@ class ImageDataModule(L.LightningDataModule):
         limit = None if self.trainer is None else self.trainer.limit_train_batches
         return min(steps, limit) if isinstance(limit, int) else steps
 
+    def _stream_seed(self, stream: int) -> int:
+        return 16 * self.seed + stream
+
     def _train_loader(
-        self, files: ImageFiles, batch_size: int, steps: int, stream: int = 0, labelled: bool = True
+        self,
+        files: ImageFiles,
+        batch_size: int,
+        steps: int,
+        stream: int = 0,
+        samples: type[LabelledImages | UnlabelledImages | ImagesAlone] = LabelledImages,
     ) -> DataLoader[Any]:
         """Endless stream number ``stream`` of the run: every stream has an order and augmentations of its own."""
         self._announce()
-        seed = 16 * self.seed + stream
+        seed = self._stream_seed(stream)
         sampler = StreamSampler(files.domains, batch_size, steps, seed, self._rank, self._world_size, self._processed)
         transform = self.train_transform if self.views == 1 else Views(self.train_transform, self.views)
-        images: Dataset[Any] = (LabelledImages if labelled else UnlabelledImages)(files, transform)
         return DataLoader(
-            SeededDraws(images, seed),
+            SeededDraws(samples(files, transform), seed),
             batch_size=batch_size,
             sampler=sampler,
             drop_last=True,
@@ -375,17 +392,18 @@ class ImageDataModule(L.LightningDataModule):
             worker_init_fn=leave_stopping_to_the_run,
         )
 
-    def _eval_loader(self, dataset: LabelledImages | UnlabelledImages | ImagesWithPaths, flag: str) -> DataLoader[Any]:
-        if len(dataset) < self._world_size:
+    def _eval_loader(self, dataset: Dataset[Any], flag: str) -> DataLoader[Any]:
+        size = len(dataset)  # type: ignore[arg-type]
+        if size < self._world_size:
             raise ConfigurationError(
                 f"Expected `{flag}` to hold an image for each of {self._world_size} processes, but found "
-                f"{len(dataset)}. Lower `--trainer.devices`."
+                f"{size}. Lower `--trainer.devices`."
             )
         self._announce()
         return DataLoader(
             dataset,
             batch_size=self.eval_batch_size,
-            sampler=EvaluationShard(len(dataset), self._rank, self._world_size),
+            sampler=EvaluationShard(size, self._rank, self._world_size),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else iterating draws from the run's generator
@@ -398,7 +416,7 @@ class ImageDataModule(L.LightningDataModule):
         if isinstance(batch, DomainBatch):
             source = batch.source._replace(images=self.normalize(batch.source.images))
             return DomainBatch(source, self.normalize(batch.target))
-        if isinstance(batch, LabelledBatch | PredictionBatch):
+        if isinstance(batch, LabelledBatch | UnlabelledBatch | PredictionBatch):
             return batch._replace(images=self.normalize(batch.images))
         return self.normalize(batch)
 
@@ -422,44 +440,3 @@ class ImageDataModule(L.LightningDataModule):
         """The inverse of :meth:`normalize`, clipped to [0, 1], for showing images."""
         mean, std = self._statistics(images.device, images.dtype)
         return (images * std + mean).clamp(0, 1)
-
-
-def leave_stopping_to_the_run(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a loader's worker: terminals and schedulers send them to every process of the run,
-    which would lose its workers before it has finished the batch and saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    # multiprocessing ends what is left with SIGTERM and waits for it: for ever, since the workers above ignore that.
-    # There are some left where a run has ended in an error.
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _check_resize(resize_size: int, image_size: int) -> None:
-    if resize_size < image_size:
-        raise ConfigurationError(
-            f"Expected `--data.resize_size` to be at least `--data.image_size` = {image_size}, but got {resize_size}."
-        )
-
-
-def _at_least(flag: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigurationError(f"Expected `{flag}` to be at least {least}, but got {value}.")
-
-
-def _amount(flag: str, value: int | float | None) -> None:
-    fits = value is None or (value >= 1 if isinstance(value, int) else 0 < value <= 1)
-    if not fits or isinstance(value, bool):
-        raise ConfigurationError(
-            f"Expected `{flag}` to be a whole number from 1 on, or a share above 0 and up to 1.0, but got {value}."
-        )
-
-
-def _fraction(flag: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ConfigurationError(f"Expected `{flag}` to be in [0, 1), but got {value}.")

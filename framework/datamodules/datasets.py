@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from framework.batch import LabelledBatch, PredictionBatch
+from framework.batch import LabelledBatch, PredictionBatch, UnlabelledBatch
 from framework.datamodules.folders import ImageFiles, read_image
 from framework.errors import ConfigurationError
 
@@ -22,6 +22,19 @@ class UnlabelledImages(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return _transformed(self.files.paths[index], self.transform)
+
+
+class ImagesAlone(Dataset[UnlabelledBatch]):
+    """Samples are images in a batch that has no room for a label."""
+
+    def __init__(self, files: ImageFiles, transform: v2.Transform) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> UnlabelledBatch:
+        return UnlabelledBatch(_transformed(self.files.paths[index], self.transform))
 
 
 class LabelledImages(Dataset[LabelledBatch]):

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from framework.batch import DomainBatch
-from framework.datamodules.base import ImageDataModule, _at_least
+from framework.datamodules.base import ImageDataModule
+from framework.datamodules.checks import check_at_least
 from framework.datamodules.datasets import ImagesWithPaths, LabelledImages, UnlabelledImages
 from framework.datamodules.folders import (
-    ImageFiles,
     common_class_names,
     joined,
     labelled_images,
-    stratified_split,
     unlabelled_images,
 )
+from framework.datamodules.several_folders import check_equal_shares, check_same_folders, folder_list, folders_state
 from framework.errors import ConfigurationError
 
 
@@ -67,19 +65,14 @@ class DomainPairDataModule(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        _at_least("--data.target_batch_size", target_batch_size, 1)
+        check_at_least("--data.target_batch_size", target_batch_size, 1)
         self.source, self.target = source, target
-        self.sources = _folders(source, "--data.source")  # one domain each
+        self.sources = folder_list(source, "--data.source")  # one domain each
         self.source_val, self.target_val = source_val, target_val
-        self.source_vals = None if source_val is None else _folders(source_val, "--data.source_val")
+        self.source_vals = None if source_val is None else folder_list(source_val, "--data.source_val")
         self.target_test, self.predict = target_test, predict
         self.target_batch_size = target_batch_size or self.batch_size
-        if rest := self.batch_size % (several := len(self.sources)):
-            near = " or ".join(str(size) for size in (self.batch_size - rest, self.batch_size - rest + several) if size)
-            raise ConfigurationError(
-                f"Expected `--data.batch_size` to be a multiple of {several}, the folders of `--data.source`, of which "
-                f"every batch holds equally many images, but got {self.batch_size}. Take {near}."
-            )
+        check_equal_shares(self.sources, "--data.source", self.batch_size)
 
     @property
     def class_names(self) -> list[str]:
@@ -110,7 +103,7 @@ class DomainPairDataModule(ImageDataModule):
             self._check_files("--data.source", source)
         self._check_files("--data.target", target)
         if self.source_vals is None:
-            train, val = self._held_out("source", sources)
+            train, val = self._held_out(sources, "source_")
             self.source_files, self.source_val_files = self._with_few_labels(train, val, "source_")
         else:
             self.source_files, _ = self._with_few_labels(joined(sources), joined(sources), "source_")
@@ -119,7 +112,7 @@ class DomainPairDataModule(ImageDataModule):
                 self._check_files("--data.source_val", source)
             self.source_val_files = joined(source_vals)
         if self.target_val is None:
-            self.target_files, self.target_val_files = self._held_out("target", [target])
+            self.target_files, self.target_val_files = self._held_out([target], "target_")
         else:
             self.target_files = target
             self.target_val_files = unlabelled_images(self.target_val, "--data.target_val")
@@ -129,23 +122,10 @@ class DomainPairDataModule(ImageDataModule):
             flag = "--data.batch_size" if self.target_batch_size == self.batch_size else "--data.target_batch_size"
             self._check_enough("--data.target", self.target_files, flag, self.target_batch_size)
 
-    def _held_out(self, domain: str, folders: Sequence[ImageFiles]) -> tuple[ImageFiles, ImageFiles]:
-        """Training and validation part of each folder, split by the seed; the source class by class."""
-        if self.val_fraction == 0:
-            return joined(folders), joined(folders)
-        trains, vals = [], []
-        for files in folders:
-            held_out, kept = stratified_split(files.labels or [0] * len(files), [self.val_fraction], self.seed)
-            trains.append(files.subset(kept))
-            vals.append(files.subset(held_out or kept))
-        train, val = joined(trains), joined(vals)
-        self._splits |= {f"{domain}_train": train, f"{domain}_val": val}
-        return train, val
-
     def state_dict(self) -> dict[str, Any]:
         """As every datamodule's; of several source folders also which they are, in the order of the domains."""
-        several = {"sources": _resolved(self.sources)} if len(self.sources) > 1 else {}
-        return super().state_dict() | several
+        several = folders_state(self.sources)
+        return super().state_dict() | ({} if several is None else {"sources": several})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position.
@@ -154,25 +134,17 @@ class DomainPairDataModule(ImageDataModule):
             ConfigurationError: as every datamodule, or a run would go on with more or fewer source folders, or with the
                 same in another order.
         """
-        sources = _resolved(self.sources)
-        before = state.get("sources", [""])
-        if self._stage == "fit" and len(before) != len(sources):
-            raise ConfigurationError(
-                f"Expected `--data.source` to name as many folders as in the run of the checkpoint, {len(before)}, but "
-                f"got {len(sources)}: its position in the data means nothing for others."
-            )
-        if self._stage == "fit" and before != sources and sorted(before) == sorted(sources):
-            raise ConfigurationError(
-                "Expected the folders of `--data.source` in the order of the checkpoint's run, "
-                f"'[{', '.join(before)}]', but got them in another: domain 0 would be another one."
-            )
+        if self._stage == "fit":
+            check_same_folders(state.get("sources"), self.sources, "--data.source")
         super().load_state_dict(state)
 
     def train_dataloader(self) -> CombinedLoader:
         """Two endless streams cut into epochs of the same length; batches are ``DomainBatch``."""
         steps = self._steps(len(self.source_files))
         source = self._train_loader(self.source_files, self.batch_size, steps, stream=0)
-        target = self._train_loader(self.target_files, self.target_batch_size, steps, stream=1, labelled=False)
+        target = self._train_loader(
+            self.target_files, self.target_batch_size, steps, stream=1, samples=UnlabelledImages
+        )
         return CombinedLoader(DomainBatch(source, target), "min_size")  # type: ignore[arg-type]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
@@ -189,21 +161,3 @@ class DomainPairDataModule(ImageDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Images with their paths."""
         return self._eval_loader(ImagesWithPaths(self.predict_files, self.eval_transform), "--data.predict")
-
-
-def _resolved(folders: Sequence[str]) -> list[str]:
-    return [str(Path(folder).expanduser().resolve()) for folder in folders]
-
-
-def _folders(given: str | Sequence[str], flag: str) -> list[str]:
-    """One folder or several, none of them twice."""
-    folders = [given] if isinstance(given, str | Path) else list(given)
-    if not folders:
-        raise ConfigurationError(f"Expected `{flag}` to name a folder or several, but got an empty list.")
-    resolved = _resolved(folders)
-    for i, folder in enumerate(folders):
-        if resolved[i] in resolved[:i]:
-            first = folders[resolved.index(resolved[i])]
-            again = f"'{folder}' twice" if first == folder else f"'{folder}', which is '{first}' again"
-            raise ConfigurationError(f"Expected `{flag}` to name each folder once, but got {again}.")
-    return folders

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch.utils.data import DataLoader
 
 from framework.batch import LabelledBatch
-from framework.datamodules.base import ImageDataModule, _at_least, _fraction
+from framework.datamodules.base import ImageDataModule
+from framework.datamodules.checks import check_fraction
 from framework.datamodules.datasets import ImagesWithPaths, LabelledImages
 from framework.datamodules.folders import (
     ImageFiles,
@@ -34,8 +35,6 @@ class ImageFolderDataModule(ImageDataModule):
         root: the folder.
         test_fraction: share of one folder held out for ``test``.
         predict: folder of images for ``predict``; default: the test images.
-        views: how many random views of each training image a batch holds, for the methods that compare them; above 1
-            the images of a training batch are ``[N, views, 3, H, W]``.
         options: those of :class:`~framework.datamodules.base.ImageDataModule`.
     """
 
@@ -47,19 +46,16 @@ class ImageFolderDataModule(ImageDataModule):
         *,
         test_fraction: float = 0.2,
         predict: str | None = None,
-        views: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        _at_least("--data.views", views, 1)
-        _fraction("--data.test_fraction", test_fraction)
+        check_fraction("--data.test_fraction", test_fraction)
         if test_fraction + self.val_fraction >= 1:
             raise ConfigurationError(
                 "Expected `--data.test_fraction` and `--data.val_fraction` to leave images for training, but they "
                 f"are {test_fraction} and {self.val_fraction}."
             )
         self.root, self.test_fraction, self.predict = root, test_fraction, predict
-        self.views = views
 
     def _part(self, name: str) -> Path | None:
         part = Path(self.root).expanduser() / name

@@ -11,22 +11,41 @@ from torchvision.transforms import v2
 from framework.errors import ConfigurationError
 
 Crop = Literal["random_resized", "pad", "center", "none"]
+AREAS = (0.08, 1.0)  # Szegedy 2015
 
 
-def training_transform(image_size: int, resize_size: int, crop: Crop, horizontal_flip: bool) -> v2.Transform:
+def training_transform(
+    image_size: int,
+    resize_size: int,
+    crop: Crop,
+    horizontal_flip: bool,
+    *,
+    crop_scale: tuple[float, float] = AREAS,
+    color_jitter: float = 0.0,
+    grayscale: float = 0.0,
+    blur: float = 0.0,
+) -> v2.Transform:
     """The random transform of a training image, uint8 ``[3, H, W]`` to uint8 ``[3, image_size, image_size]``.
+
+    Colours and blur as in SimCLR (Chen et al., ICML 2020, appendix A), in its order.
 
     Args:
         image_size: height and width of the result in pixels.
         resize_size: the square that ``random_resized`` and ``center`` start from, in pixels.
-        crop: ``random_resized`` (area 8 to 100 %, Szegedy 2015), ``pad`` (4 pixels of padding, then a random crop: He
-            2015 on CIFAR), ``center``, or ``none``.
+        crop: ``random_resized`` (area ``crop_scale``, Szegedy 2015), ``pad`` (4 pixels of padding, then a random crop:
+            He 2015 on CIFAR), ``center``, or ``none``.
         horizontal_flip: mirror half of the images.
+        crop_scale: the least and the largest area of ``random_resized``, as shares of the image.
+        color_jitter: strength ``s``: of 80 % of the images brightness, contrast and saturation are changed by up to
+            ``0.8 s``, the hue by up to ``0.2 s``.
+        grayscale: probability of taking the colours out.
+        blur: probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels; its kernel is about a tenth
+            of the image.
     """
     steps: list[v2.Transform] = []
     if crop == "random_resized":
         # squared first, as in the published adaptation protocols
-        steps += [v2.Resize((resize_size, resize_size)), v2.RandomResizedCrop(image_size, antialias=True)]
+        steps += [v2.Resize((resize_size, resize_size)), v2.RandomResizedCrop(image_size, crop_scale, antialias=True)]
     elif crop == "center":
         steps += [v2.Resize((resize_size, resize_size)), v2.CenterCrop(image_size)]
     elif crop == "pad":
@@ -39,6 +58,14 @@ def training_transform(image_size: int, resize_size: int, crop: Crop, horizontal
         )
     if horizontal_flip:
         steps.append(v2.RandomHorizontalFlip())
+    if color_jitter:
+        change = 0.8 * color_jitter
+        steps.append(v2.RandomApply([v2.ColorJitter(change, change, change, 0.2 * color_jitter)], p=0.8))
+    if grayscale:
+        steps.append(v2.RandomGrayscale(grayscale))
+    if blur:
+        kernel = max(3, image_size // 10 | 1)  # odd
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=blur))
     return v2.Compose(steps)
 
 

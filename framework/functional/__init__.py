@@ -11,11 +11,21 @@ from framework.functional.distillation import distillation_loss
 from framework.functional.entropy import marginal_entropy, prediction_entropy
 from framework.functional.feature_distance import channel_distances
 from framework.functional.gradient_reversal import reverse_gradient
+from framework.functional.jigsaw import (
+    assemble,
+    crop_pieces,
+    cut_pieces,
+    maximal_hamming_permutations,
+    permute_pieces,
+)
 from framework.functional.kernels import FIVE_SCALES, gaussian_kernel_sum, mean_squared_distance, squared_distances
+from framework.functional.masking import mask_of_pixels, masked_reconstruction_loss, random_block_mask
 from framework.functional.mmd import MMDEstimator, biased_mmd, joint_mmd, linear_time_mmd, unbiased_mmd
 from framework.functional.multilinear import multilinear_map, randomized_multilinear_map
+from framework.functional.nt_xent import nt_xent
 from framework.functional.optimal_transport import check_transport_package, exact_coupling, sinkhorn_coupling
 from framework.functional.precision import full_precision, full_precision_matmul
+from framework.functional.probes import linear_probe, nearest_neighbour_scores
 from framework.functional.rotation import quarter_turns
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
 from framework.functional.sliced_wasserstein import random_directions, sliced_wasserstein
@@ -37,12 +47,14 @@ from framework.functional.transferability import (
     log_maximum_evidence,
     negative_conditional_entropy,
 )
+from framework.functional.vicreg import vicreg_terms
 from framework.functional.weight_distance import half_squared_distance
 
 __all__ = [
     "FIVE_SCALES",
     "CountedClasses",
     "MMDEstimator",
+    "assemble",
     "biased_mmd",
     "central_moment_discrepancies",
     "channel_distances",
@@ -52,6 +64,8 @@ __all__ = [
     "classifier_discrepancy",
     "coral",
     "cosine_with_warmup",
+    "crop_pieces",
+    "cut_pieces",
     "direct_relationship",
     "distillation_loss",
     "exact_coupling",
@@ -64,17 +78,25 @@ __all__ = [
     "joint_mmd",
     "largest_squared_singular_values",
     "leep",
+    "linear_probe",
     "linear_time_mmd",
     "local_mmd",
     "log_maximum_evidence",
     "marginal_entropy",
+    "mask_of_pixels",
+    "masked_reconstruction_loss",
+    "maximal_hamming_permutations",
     "mean_squared_distance",
     "multilinear_map",
+    "nearest_neighbour_scores",
     "negative_conditional_entropy",
+    "nt_xent",
     "nuclear_norm",
+    "permute_pieces",
     "prediction_entropy",
     "quarter_turns",
     "queue_contrast",
+    "random_block_mask",
     "random_directions",
     "randomized_multilinear_map",
     "reversal_coefficient",
@@ -89,4 +111,5 @@ __all__ = [
     "step_decay",
     "unbiased_mmd",
     "unit_length",
+    "vicreg_terms",
 ]

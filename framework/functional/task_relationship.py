@@ -113,7 +113,12 @@ def reverse_relationship(
 
 
 def logistic_regression(
-    inputs: Tensor, labels: Tensor, num_classes: int, strength: float = 1.0, start: Tensor | None = None
+    inputs: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    strength: float = 1.0,
+    start: Tensor | None = None,
+    intercept: bool = False,
 ) -> Tensor:
     """Weights ``W`` that minimise ``|W|^2 / 2 + strength * sum over i of cross_entropy(W x_i, y_i)``, in float64.
 
@@ -123,6 +128,7 @@ def logistic_regression(
         num_classes: number of classes ``K``.
         strength: inverse strength of the regularisation, scikit-learn's ``C``.
         start: where the search begins, shape ``[K, S]``; default: zeros.
+        intercept: the last input is a constant 1, and its weight is not regularised.
 
     Returns:
         float64, shape ``[K, S]``.
@@ -134,10 +140,11 @@ def logistic_regression(
         [weights], max_iter=200, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
     penalty = 1 / (2 * strength * len(labels))
+    regularized = inputs.shape[1] - intercept
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(inputs @ weights.T, labels) + penalty * weights.square().sum()
+        value = F.cross_entropy(inputs @ weights.T, labels) + penalty * weights[:, :regularized].square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from framework.compatibility import check_compatible
 from framework.errors import ConfigurationError, at_least_zero
 from framework.initialization import Initialization
 from framework.modules.optimization import (
@@ -125,20 +126,17 @@ class BackboneModule(L.LightningModule):
     def prepare_data(self) -> None:
         """Refuse data of another kind before anything is built or written."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        given = getattr(data, "batch_type", self.batch_type)
-        if given is not self.batch_type and self.trainer.state.fn in ("fit", "validate"):
-            raise ConfigurationError(
-                f"Expected `--data` to serve a {self.batch_type.__name__}, on which {type(self).__name__} trains, but "
-                f"{type(data).__name__} serves a {given.__name__}."
-            )
-        views = getattr(data, "views", 1)
-        if views not in self.views and self.trainer.state.fn == "fit":
+        command = self.trainer.state.fn
+        if command is not None:
+            check_compatible(type(self), type(data), command.value)
+        views = getattr(data, "views", None)  # loaders of the user's own do not say
+        if views is not None and views not in self.views and command in ("fit", "validate"):
             raise ConfigurationError(
                 f"Expected `--data.views` to be {' or '.join(map(str, self.views))}, on which {type(self).__name__} "
                 f"trains, but got {views}."
             )
         image_size = getattr(data, "image_size", None)
-        if image_size is not None and self.trainer.state.fn == "fit":
+        if image_size is not None and command == "fit":
             check_image_size(self.backbone, str(self.hparams.get("backbone")), image_size)
 
     def on_fit_start(self) -> None:

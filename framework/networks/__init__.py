@@ -10,7 +10,7 @@ from framework.networks.key_queue import KeyQueue
 from framework.networks.momentum import MomentumCopy
 from framework.networks.outputs import NetworkOutputs
 from framework.networks.preprocessing import Preprocessing
-from framework.networks.projection import Bottleneck
+from framework.networks.projection import Bottleneck, ProjectionHead
 from framework.networks.residual import (
     ResidualNetwork,
     resnet8,
@@ -44,6 +44,7 @@ __all__ = [
     "NetworkOutputs",
     "PreActivationBlock",
     "Preprocessing",
+    "ProjectionHead",
     "ResidualNetwork",
     "Stage",
     "StochasticNorm",

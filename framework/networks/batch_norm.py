@@ -39,6 +39,20 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+@contextmanager
+def own_statistics(module: nn.Module) -> Iterator[None]:
+    """As :func:`running_statistics_kept`, in evaluation too."""
+    layers = [layer for layer in batch_norms(module) if not layer.training]
+    with running_statistics_kept(module):
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+
 class DomainSpecificBatchNorm(nn.Module):
     """One batch norm per domain, each with its own statistics, scale and shift (Chang et al. 2019, section 4.2).
 

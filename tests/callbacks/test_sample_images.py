@@ -10,13 +10,22 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from framework import DANN, DomainPairDataModule, ImageFolderDataModule, ResidualClassifier, Trainer
-from framework.batch import LabelledBatch
+from framework import (
+    DANN,
+    DomainPairDataModule,
+    ImageFolderDataModule,
+    ResidualClassifier,
+    RotationPrediction,
+    Trainer,
+    UnlabelledFolderDataModule,
+)
+from framework.batch import DomainBatch, LabelledBatch, UnlabelledBatch
 from framework.callbacks import SampleImages
 
 
@@ -88,6 +97,53 @@ def test_a_grid_for_each_source_folder(domains: Path, tmp_path: Path, monkeypatc
         drawn = np.frombuffer(b"".join(cells(shown[f"train/source_{domain}"][0], 5)), dtype=np.uint8).astype(int)
         wanted = b"".join(expected(first.batch.source.images[domain::2], data))
         assert np.abs(drawn - np.frombuffer(wanted, dtype=np.uint8).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_grid_for_each_unlabelled_folder(
+    domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [str(domains / "source"), str(domains / "target")] if several else str(domains / "source")
+    data = UnlabelledFolderDataModule(folders, batch_size=10, steps_per_epoch=1, image_size=16, num_workers=0)
+    first = FirstBatch()
+    trainer = Trainer(max_epochs=1, callbacks=first, enable_progress_bar=False, accelerator="cpu")
+    trainer.fit(RotationPrediction(backbone="resnet8"), data)
+    shown = pictures(trainer.log_dir)
+    grids = {"train/folder_0": slice(0, None, 2), "train/folder_1": slice(1, None, 2)}
+    grids = grids if several else {"train/images": slice(None)}
+    assert set(shown) == set(grids)
+    for tag, which in grids.items():
+        wanted = expected(first.batch.images[which], data)
+        drawn = np.frombuffer(b"".join(cells(shown[tag][0], len(wanted))), dtype=np.uint8).astype(int)
+        assert np.abs(drawn - np.frombuffer(b"".join(wanted), dtype=np.uint8).astype(int)).max() <= 1
+
+
+def test_views_of_an_image_side_by_side(domains: Path, tmp_path: Path) -> None:
+    """Of every kind of batch."""
+    images = torch.randn(4, 2, 3, 16, 16)
+    labelled = LabelledBatch(images, torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 0, 1]))
+    data = UnlabelledFolderDataModule(["a", "b"], batch_size=4, views=2)
+    for batch, grids in (
+        (UnlabelledBatch(images), {"train/folder_0": images[::2], "train/folder_1": images[1::2]}),
+        (labelled, {"train/images": images}),
+        (
+            DomainBatch(labelled, images),
+            {"train/source_0": images[::2], "train/source_1": images[1::2], "train/target": images},
+        ),
+    ):
+        logger = TensorBoardLogger(tmp_path, name=type(batch).__name__)
+        trainer = L.Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
+        monkey: Any = trainer
+        monkey.datamodule = data
+        SampleImages().on_train_batch_start(trainer, L.LightningModule(), batch, 0)
+        logger.finalize("success")
+        shown = pictures(logger.log_dir)
+        assert set(shown) == set(grids)
+        for tag, chosen in grids.items():
+            wanted = expected(chosen.flatten(0, 1), data)
+            drawn = np.frombuffer(b"".join(cells(shown[tag][0], len(wanted))), dtype=np.uint8).astype(int)
+            assert np.abs(drawn - np.frombuffer(b"".join(wanted), dtype=np.uint8).astype(int)).max() <= 1
 
 
 def test_as_many_as_asked_for(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,20 @@ def test_training_batches(domains: Path, recorder: Any, trainer: Any, workers: i
         assert sorted(seen[first : first + 28]) == sorted(data.target_files.paths)
 
 
+def test_views_of_both_domains(domains: Path, recorder: Any, trainer: Any, make_recorder: Any) -> None:
+    """The first view is the one that there would be alone; validation has images as ever."""
+    one = make_recorder()
+    trainer(max_epochs=1).fit(one, build(domains, steps_per_epoch=3))
+    trainer(max_epochs=1).fit(recorder, build(domains, steps_per_epoch=3, views=2, target_batch_size=4))
+    for single, several in zip(one.seen["train"], recorder.seen["train"], strict=True):
+        assert several.source.images.shape == several.target.shape == (4, 2, 3, 16, 16)
+        for alone, views in ((single.source.images, several.source.images), (single.target, several.target)):
+            assert torch.equal(views[:, 0], alone)
+            assert not torch.equal(views[:, 1], alone)
+    for (_, ours), (_, theirs) in zip(one.seen["val"], recorder.seen["val"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_the_domains_are_paired_anew_in_each_pass(domains: Path, recorder: Any, trainer: Any) -> None:
     data = build(domains, target=str(domains / "source"), crop="none", horizontal_flip=False, val_fraction=0.0)
     trainer(max_epochs=2).fit(recorder, data)

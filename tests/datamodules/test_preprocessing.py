@@ -220,7 +220,7 @@ def test_the_probe_changes_nothing(domains: Path, trainer: Any, monkeypatch: pyt
     states = []
     for probed in (True, False):
         if not probed:
-            monkeypatch.setattr("framework.modules.base.check_image_size", lambda *_: None)
+            monkeypatch.setattr("framework.modules.backbone_module.check_image_size", lambda *_: None)
         torch.manual_seed(0)
         module = ResidualClassifier(3, backbone="resnet8", bottleneck_features=8, bottleneck_dropout=0.5)
         trainer(max_epochs=1).fit(module, build_data(domains, image_size=16))

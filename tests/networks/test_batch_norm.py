@@ -8,6 +8,7 @@ from torch import nn
 
 from framework.errors import ConfigurationError
 from framework.networks import DomainSpecificBatchNorm, convert_domain_specific, resnet8, select_domain
+from framework.networks.batch_norm import batch_norms, running_statistics_kept
 
 
 def trained_norm(kind: type[nn.Module]) -> nn.Module:
@@ -181,6 +182,49 @@ def test_compile_follows_the_domain():
         outputs[domain] = compiled(inputs)
         assert torch.equal(outputs[domain], network(inputs))
     assert not torch.equal(outputs["source"], outputs["target"])
+
+
+def test_kept_statistics_are_those_from_before_and_the_outputs_those_of_the_batch():
+    torch.manual_seed(0)
+    network, images = resnet8(5), 2 * torch.randn(4, 3, 16, 16) + 1
+    network(torch.randn(4, 3, 16, 16))
+    before, plain = copy.deepcopy(network.state_dict()), copy.deepcopy(network)
+    with running_statistics_kept(network):
+        outputs = network(images)
+    expected = plain(images)
+    assert torch.equal(outputs, expected)
+    for key, value in network.state_dict().items():
+        assert torch.equal(before[key], value), key
+    outputs.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    network(images)  # afterwards they move again, as without
+    for key, value in network.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value), key
+
+
+def test_kept_statistics_in_evaluation_are_used():
+    network, images = resnet8(5), torch.randn(4, 3, 16, 16)
+    network(images)
+    network.eval()
+    with running_statistics_kept(network):
+        assert torch.equal(network(images), network.eval()(images))
+
+
+def test_statistics_are_kept_where_some_norms_have_none_and_after_an_error():
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
+    convert_domain_specific(network)
+    tracked = [norm.track_running_stats for norm in batch_norms(network)]
+    assert tracked == [True, True, False, False]
+    with running_statistics_kept(network):
+        assert not any(norm.track_running_stats for norm in batch_norms(network))
+        network(torch.randn(4, 3))
+    assert [norm.track_running_stats for norm in batch_norms(network)] == tracked
+    with pytest.raises(ValueError, match="expected 2D or 3D input"), running_statistics_kept(network):
+        network(torch.randn(3))
+    assert [norm.track_running_stats for norm in batch_norms(network)] == tracked
+    assert network[0].target.num_batches_tracked == 0
 
 
 def test_unknown_domain():

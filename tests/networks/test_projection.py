@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from framework.errors import ConfigurationError
-from framework.networks import Bottleneck
+from framework.networks import Bottleneck, ProjectionHead
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,40 @@ def test_values():
 def test_bad_values(options, message):
     with pytest.raises(ConfigurationError, match=message):
         Bottleneck(**{"in_features": 3, "out_features": 2, **options})
+
+
+LINEAR, NORM, RELU = nn.Linear, nn.BatchNorm1d, nn.ReLU
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({}, [LINEAR, NORM, RELU, LINEAR]),
+        ({"layers": 1}, [LINEAR]),
+        ({"layers": 3}, [LINEAR, NORM, RELU, LINEAR, NORM, RELU, LINEAR]),
+        ({"layers": 3, "normalization": "none"}, [LINEAR, RELU, LINEAR, RELU, LINEAR]),
+    ],
+)
+def test_projection_head(options, kinds):
+    """Every parameter matters: none is what a batch norm behind it takes away."""
+    head = ProjectionHead(6, 5, 4, **options)
+    assert [type(layer) for layer in head] == kinds
+    assert (head.in_features, head.out_features) == (6, 4)
+    projections = head(torch.randn(32, 6))
+    assert projections.shape == (32, 4)
+    (projections * torch.randn(32, 4)).sum().backward()
+    assert all(parameter.grad.abs().max() > 1e-4 for parameter in head.parameters())
+    assert head[-1].bias is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_features": 0}, "`hidden_features` of the projection head to be at least 1, but got 0"),
+        ({"layers": 0}, "`layers` of the projection head"),
+        ({"normalization": "layer"}, "'batch' or 'none', but got 'layer'"),
+    ],
+)
+def test_bad_projection_head(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        ProjectionHead(**{"in_features": 3, "hidden_features": 2, "out_features": 2, **options})

@@ -20,6 +20,8 @@ from framework.modules.adaptation.jan import JAN
 from framework.modules.adaptation.mcc import MCC
 from framework.modules.adaptation.mcd import MCD
 from framework.modules.adaptation.mdd import MDD
+from framework.modules.adaptation.self_supervision import JigsawLoss as JigsawLoss  # a term of sums
+from framework.modules.adaptation.self_supervision import MaskingLoss as MaskingLoss  # a term of sums
 from framework.modules.adaptation.self_supervision import RotationLoss as RotationLoss  # a term of sums
 from framework.modules.adaptation.sliced_wasserstein import SlicedWasserstein
 from framework.modules.adaptation.source_only import SourceOnly

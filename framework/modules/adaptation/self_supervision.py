@@ -7,16 +7,21 @@ Sun et al., "Unsupervised Domain Adaptation through Self-Supervision", 2019, arX
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from framework.errors import ConfigurationError
+from framework.functional.masking import Norm
 from framework.modules.adaptation.base import AlignmentLoss
 from framework.modules.pretraining.base import Encoder, PretextTask
+from framework.modules.pretraining.jigsaw_prediction import Arrangement, JigsawTask
+from framework.modules.pretraining.masked_image_reconstruction import MaskedImageTask
 from framework.modules.pretraining.rotation_prediction import Rotations, RotationTask
 from framework.networks import NetworkOutputs
+from framework.networks.batch_norm import running_statistics_kept
 
 Domains = Literal["both", "target"]
 Passes = Callable[[list[Tensor]], list[tuple[Encoder, Tensor]]]
@@ -84,6 +89,72 @@ class RotationLoss(SelfSupervisedLoss):
         super().__init__(task, passes or one_pass(backbone), domains)
 
 
+class JigsawLoss(SelfSupervisedLoss):
+    """Jigsaw puzzles as a term (Noroozi & Favaro 2016, Carlucci et al. 2019; in adaptation Xu et al. 2019).
+
+    Args:
+        backbone: the network that ``passes`` goes through.
+        passes: see :class:`SelfSupervisedLoss`; default: one pass of all images through ``backbone``.
+        grid, permutations, arrangement, ordered, gap, normalize_pieces: see
+            :class:`~framework.modules.pretraining.jigsaw_prediction.JigsawTask`.
+        domains: whose images, ``both`` or ``target``.
+    """
+
+    term = "jigsaw"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        passes: Passes | None = None,
+        grid: int = 3,
+        permutations: int = 30,
+        arrangement: Arrangement = "image",
+        ordered: bool = True,
+        gap: int = 0,
+        normalize_pieces: bool = False,
+        domains: Domains = "both",
+    ) -> None:
+        features = int(backbone.num_features)  # type: ignore[arg-type]
+        task = JigsawTask(features, grid, permutations, arrangement, ordered, gap, normalize_pieces)
+        super().__init__(task, passes or one_pass(backbone), domains)
+
+
+class MaskingLoss(SelfSupervisedLoss):
+    """Masked image reconstruction as a term (Pathak et al. 2016, Xie et al. 2022).
+
+    Args:
+        backbone: the network that ``passes`` goes through, and whose last spatial map is caught.
+        passes: see :class:`SelfSupervisedLoss`; default: one pass of all images through ``backbone``.
+        block_size, mask_ratio, norm: see
+            :class:`~framework.modules.pretraining.masked_image_reconstruction.MaskedImageTask`.
+        domains: whose images, ``both`` or ``target``.
+    """
+
+    term = "masking"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        passes: Passes | None = None,
+        block_size: int = 32,
+        mask_ratio: float = 0.6,
+        norm: Norm = "l1",
+        domains: Domains = "both",
+    ) -> None:
+        task = MaskedImageTask(backbone, block_size=block_size, mask_ratio=mask_ratio, norm=norm)
+        super().__init__(task, passes or one_pass(backbone), domains)
+
+
 def one_pass(backbone: nn.Module) -> Passes:
-    """All images through ``backbone`` at once."""
-    return lambda images: [(backbone, torch.cat(images))]
+    """All images through ``backbone`` at once, which leaves its running batch-norm statistics alone."""
+    return partial(_pass, partial(_features, backbone))  # no closure: a copy of the loss goes through a copied backbone
+
+
+def _pass(encode: Encoder, images: list[Tensor]) -> list[tuple[Encoder, Tensor]]:
+    return [(encode, torch.cat(images))]
+
+
+def _features(backbone: nn.Module, images: Tensor) -> Tensor:
+    with running_statistics_kept(backbone):
+        features: Tensor = backbone(images)
+    return features

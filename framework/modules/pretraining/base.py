@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from framework.batch import UnlabelledBatch
-from framework.errors import ConfigurationError
 from framework.modules.backbone_module import BackboneModule
+from framework.networks.batch_norm import batch_norms, own_statistics
 
 Encoder = Callable[[Tensor], Tensor]
 """Images ``[N, 3, H, W]`` to features ``[N, C]``."""
@@ -34,8 +35,11 @@ class PretextTask(nn.Module):
     task pre-trains a backbone alone or goes beside a classifier's loss (:mod:`framework.modules.adaptation`).
 
     Attributes:
+        changes_images: the network sees other images than a classifier will: rotated, shuffled or masked ones.
         diagnostics: what the last forward measured, detached 0-d tensors by name.
     """
+
+    changes_images: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,33 +79,43 @@ class PretrainingModule(BackboneModule):
     def __init__(self, *, backbone_learning_rate_factor: float = 1.0, **options: Any) -> None:
         super().__init__(backbone_learning_rate_factor=backbone_learning_rate_factor, **options)
 
-    def prepare_data(self) -> None:
-        """Refuse a command that needs classes too."""
-        super().prepare_data()
-        command = self.trainer.state.fn
-        if command in ("test", "predict"):
-            raise ConfigurationError(
-                f"Expected a classifier to `{command}`, but {type(self).__name__} knows no classes. "
-                "Start one from its checkpoint: `framework fit --model.init_from <checkpoint>`."
-            )
-
     def forward(self, images: Tensor) -> Tensor:
         """Features ``[N, C]`` of images ``[N, 3, H, W]``."""
         features: Tensor = self.backbone(images)
         return features
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Features ``[N, C]`` of the task's images ``[N, 3, H, W]``.
+
+        Where these are not images as a classifier will see them, batch norms take the batch's own statistics, in
+        evaluation too, and their running ones are left to :meth:`training_step`.
+        """
+        if not self.task.changes_images:
+            return self(images)  # type: ignore[no-any-return]
+        with own_statistics(self.backbone):
+            return self(images)  # type: ignore[no-any-return]
+
     def training_step(self, batch: UnlabelledBatch, batch_idx: int) -> Tensor | None:
-        """The task's loss."""
-        loss: Tensor = self.task(self.backbone, batch.images)
+        """The task's loss; the running statistics of batch norms, which a checkpoint hands on, are of the images
+        themselves."""
+        loss: Tensor = self.task(self.encode, batch.images)
+        if self.task.changes_images and batch_norms(self.backbone):
+            with torch.no_grad():
+                self(batch.images)
         return self.logged_loss(loss, **self.task.diagnostics)
 
     def validation_step(self, batch: UnlabelledBatch, batch_idx: int) -> None:
-        """The task's loss and what it measures, with the same draws at every validation."""
+        """The task's loss and what it measures, with the same draws at every validation.
+
+        A single image that remains for the last batch is left out: it has no other to be compared or normalised with.
+        """
+        if len(batch.images) == 1 and batch_idx > 0:
+            return
         self.reseed(self.global_rank, batch=batch_idx)
-        loss = self.task(self.backbone, batch.images)
+        loss = self.task(self.encode, batch.images)
         values = {"val/loss": loss} | {f"val/{name}": value for name, value in self.task.diagnostics.items()}
         self.log_dict(values, sync_dist=True, prog_bar=True, batch_size=len(batch.images))
 
     def preview(self, images: Tensor) -> Preview:
         """Pictures of the task and of what the network makes of it, of images as a batch holds them."""
-        return self.task.preview(self.backbone, images)
+        return self.task.preview(self.encode, images)

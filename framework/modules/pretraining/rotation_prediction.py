@@ -6,7 +6,7 @@ arXiv:1803.07728.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,12 @@ class RotationTask(PretextTask):
             rotation an image, drawn anew each time: a quarter of the cost.
     """
 
+    changes_images: ClassVar[bool] = True
+
     def __init__(self, num_features: int, rotations: Rotations = "all") -> None:
         super().__init__()
         if rotations not in get_args(Rotations):
-            raise ConfigurationError(f"Expected `rotations` to be 'all' or 'random', but got {rotations!r}.")
+            raise ConfigurationError(f"Expected `--model.rotations` to be 'all' or 'random', but got {rotations!r}.")
         self.rotations = rotations
         self.head = nn.Linear(num_features, 4)
 

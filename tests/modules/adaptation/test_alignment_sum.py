@@ -68,8 +68,9 @@ def test_every_named_loss_is_a_term_and_every_term_builds() -> None:
     assert {"dann", "dan", "cdan", "mcc"} <= terms.keys()
     module = AlignmentSum(3, terms=dict.fromkeys(terms, 0.5), **OPTIONS)
     assert {name: type(loss) for name, loss in module.alignment.losses.items()} == terms  # type: ignore[union-attr, operator]
-    source = NetworkOutputs(torch.randn(8, 16), torch.randn(8, 3), torch.arange(8) % 3)
-    target = NetworkOutputs(torch.randn(8, 16), torch.randn(8, 3))
+    images = torch.randn(2, 8, 3, 64, 64)
+    source = NetworkOutputs(torch.randn(8, 16), torch.randn(8, 3), torch.arange(8) % 3, images=images[0])
+    target = NetworkOutputs(torch.randn(8, 16), torch.randn(8, 3), images=images[1])
     assert torch.isfinite(module.alignment(source, target, torch.tensor(0.5)))
 
 
