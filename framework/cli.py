@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pydoc
@@ -203,6 +204,8 @@ class CommandLine(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardRun) and logger.claimed is not None:
                 shutil.rmtree(logger.claimed, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there are other runs of the experiment
+                    logger.claimed.parent.rmdir()
 
 
 def check_checkpoint(path: str, class_path: str, subcommand: str | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +23,12 @@ GAP = 4
 class PretextImages(L.Callback):
     """Shows what a pre-training module's task makes of some validation images and what the network answers.
 
-    At the end of every n-th epoch, and of the last, as ``val/pretext``: a row for each image. They are spread over the
-    validation data of the first process, since the first ones would all be of the first class folder; the same ones,
-    with the same random numbers, every time. Training is bit for bit the same without it. It does nothing for a module
-    that has no ``preview``.
+    In the validation of every n-th epoch, and of the last, as ``val/pretext``: a row for each of the first images, the
+    same ones with the same random numbers every time. Training is bit for bit the same without it. It does nothing for
+    a module that has no ``preview``.
 
     Args:
-        most: images.
+        most: images, of the first validation batch.
         every_n_epochs: epochs between two pictures.
     """
 
@@ -39,7 +37,6 @@ class PretextImages(L.Callback):
             if value < 1:
                 raise ConfigurationError(f"Expected `--trainer.callbacks.{option}` to be at least 1, but got {value}.")
         self.most, self.every_n_epochs = most, every_n_epochs
-        self._images: list[Tensor] = []
 
     def on_validation_batch_end(
         self,
@@ -50,24 +47,16 @@ class PretextImages(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep some images of the batch; after the last one, where an average of the weights is still in place, write
-        the picture."""
+        """Write the picture after the first batch, where an average of the weights is in place."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         preview = getattr(pl_module, "preview", None)
-        if dataloader_idx or preview is None or not loggers or not trainer.is_global_zero:
+        if batch_idx or dataloader_idx or preview is None or not loggers or not trainer.is_global_zero:
             return
         if trainer.state.fn != "fit" or trainer.sanity_checking or not epoch_is_due(trainer, self.every_n_epochs):
             return
-        batches = trainer.num_val_batches[0]
-        batches = int(batches) if math.isfinite(batches) else 1  # of an endless loader the first one
-        count = min(_share(self.most, batches, batch_idx), len(batch.images))
-        self._images += [batch.images[k * len(batch.images) // count] for k in range(count)]
-        if batch_idx + 1 != batches:
-            return
-        images, self._images = torch.stack(self._images), []
         with undisturbed(pl_module), trainer.precision_plugin.forward_context():
             torch.manual_seed(global_seed())
-            pictures, captions = preview(images)
+            pictures, captions = preview(batch.images[: self.most])
         picture = pretext_picture(self._visible(trainer, pictures), captions)
         for logger in loggers:
             logger.experiment.add_image("val/pretext", picture, trainer.global_step)
@@ -80,11 +69,6 @@ class PretextImages(L.Callback):
             return (pictures - low) / (high - low).clamp(min=1e-12)
         visible: Tensor = denormalize(pictures)
         return visible
-
-
-def _share(count: int, batches: int, batch: int) -> int:
-    """How many of ``count`` images come from a batch, if they are spread evenly."""
-    return [k * batches // count for k in range(count)].count(batch)
 
 
 def pretext_picture(pictures: Tensor, captions: Sequence[Sequence[str]]) -> Tensor:

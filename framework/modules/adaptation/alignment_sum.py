@@ -7,7 +7,9 @@ et al., "A Closer Look at Smoothness in Domain Adversarial Training", ICML 2022,
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,17 @@ def alignment_terms() -> dict[str, type[AlignmentLoss]]:
     # a loss that is derived from another one has its own name or, if it inherits that, none
     named = {vars(cls)["term"]: cls for cls in below(AlignmentLoss) if vars(cls).get("term")}
     return dict(sorted(named.items()))
+
+
+@contextmanager
+def options_of_the_term(name: str) -> Iterator[None]:
+    """Within this context an error that names an option of a loss names it as one of the term ``name``."""
+    try:
+        yield
+    except ConfigurationError as error:
+        own = inspect.signature(alignment_terms()[name].__init__).parameters.keys() - {"backbone"}
+        flags = re.compile(rf"--model\.({'|'.join(own)})\b")
+        raise ConfigurationError(flags.sub(rf"--model.term_options.{name}.\1", str(error))) from error
 
 
 class WeightedAlignmentSum(AlignmentLoss):
@@ -57,6 +70,12 @@ class WeightedAlignmentSum(AlignmentLoss):
                 diagnostics[f"{name}/{key}"] = diagnostic
         self.diagnostics = diagnostics
         return torch.stack(values).sum()
+
+    def try_images(self, image_size: int) -> None:
+        """Every term tries."""
+        for name, loss in self.losses.items():
+            with options_of_the_term(name):
+                loss.try_images(image_size)  # type: ignore[operator]
 
     def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
         """Those of the terms, with the term's name."""
@@ -113,4 +132,5 @@ class AlignmentSum(DomainAdaptation):
                     f"Expected `--model.term_options.{name}` to be options of {cls.__name__} ({', '.join(others)}), "
                     f"but got {key!r}. {did_you_mean(key, others)}"
                 )
-        return cls(**{key: value for key, value in given.items() if key in accepted}, **options)
+        with options_of_the_term(name):
+            return cls(**{key: value for key, value in given.items() if key in accepted}, **options)

@@ -53,6 +53,10 @@ class AlignmentLoss(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has no forward")
 
+    def try_images(self, image_size: int) -> None:
+        """Raise a :class:`~framework.errors.ConfigurationError` if the loss cannot take images of this size; only one
+        that sends images through the network itself has anything to try."""
+
     def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
         """What is wrong by the diagnostics' means over the last logged steps: a key, and a sentence for the user.
 
@@ -117,6 +121,10 @@ class DomainAdaptation(ImageClassifier):
     def prepare_data(self) -> None:
         """Refuse a run without a planned length too: progress in [0, 1] needs one."""
         super().prepare_data()
+        image_size = getattr(self.trainer.datamodule, "image_size", None)  # type: ignore[attr-defined]
+        alignment = getattr(self, "alignment", None)
+        if self.trainer.state.fn == "fit" and image_size is not None and alignment is not None:
+            alignment.try_images(image_size)
         if self.trainer.state.fn == "fit" and self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
             raise ConfigurationError(
                 "Expected `--trainer.max_epochs` or `--trainer.max_steps` to bound the run, but both are -1: schedules "

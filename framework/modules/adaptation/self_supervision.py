@@ -65,6 +65,12 @@ class SelfSupervisedLoss(AlignmentLoss):
                 self.diagnostics[name] = self.diagnostics.get(name, 0) + share * value
         return torch.stack(values).sum()
 
+    def try_images(self, image_size: int) -> None:
+        """Set the task on black images, with whatever it needs of the backbone."""
+        black = next(self.task.parameters()).new_zeros(2, 3, image_size, image_size)
+        ((encode, _),) = self.passes([black])
+        self.task.try_images(encode, image_size)
+
 
 class RotationLoss(SelfSupervisedLoss):
     """Rotation prediction as a term (Gidaris et al. 2018; in adaptation Sun et al. 2019, Xu et al. 2019).

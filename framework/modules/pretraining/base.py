@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.batch import UnlabelledBatch
+from framework.inspection import undisturbed
 from framework.modules.backbone_module import BackboneModule
 from framework.networks.batch_norm import batch_norms, own_statistics
 
@@ -36,10 +37,12 @@ class PretextTask(nn.Module):
 
     Attributes:
         changes_images: the network sees other images than a classifier will: rotated, shuffled or masked ones.
+        views: how many views of an image it takes.
         diagnostics: what the last forward measured, detached 0-d tensors by name.
     """
 
     changes_images: ClassVar[bool] = False
+    views: ClassVar[int] = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +56,12 @@ class PretextTask(nn.Module):
             images: shape ``[N, 3, H, W]``; a task that compares views takes ``[N, views, 3, H, W]``.
         """
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    def try_images(self, encode: Encoder, image_size: int) -> None:
+        """Set the task once on two black images, so that options that do not suit the size show before training."""
+        images = next(self.parameters()).new_zeros((2, *([self.views] if self.views > 1 else []), 3, *2 * [image_size]))
+        with undisturbed(self):
+            self(encode, images)
 
     def preview(self, encode: Encoder, images: Tensor) -> Preview:
         """The task's pictures of some images, with the network's answers; by default the images themselves."""
@@ -78,6 +87,14 @@ class PretrainingModule(BackboneModule):
 
     def __init__(self, *, backbone_learning_rate_factor: float = 1.0, **options: Any) -> None:
         super().__init__(backbone_learning_rate_factor=backbone_learning_rate_factor, **options)
+
+    def prepare_data(self) -> None:
+        """Refuse images that do not suit the task, too."""
+        super().prepare_data()
+        image_size = getattr(self.trainer.datamodule, "image_size", None)  # type: ignore[attr-defined]
+        if image_size is not None and self.trainer.state.fn == "fit":
+            with undisturbed(self):
+                self.task.try_images(self.encode, image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``[N, C]`` of images ``[N, 3, H, W]``."""

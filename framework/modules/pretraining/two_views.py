@@ -33,6 +33,8 @@ class TwoViewTask(PretextTask):
             process has a loss of its own. Not used in evaluation, where processes may have unequal numbers of images.
     """
 
+    views: ClassVar[int] = 2
+
     def __init__(
         self,
         num_features: int,

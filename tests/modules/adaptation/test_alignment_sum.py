@@ -17,6 +17,7 @@ from framework.errors import ConfigurationError
 from framework.modules import AlignmentLoss, AlignmentSum, DomainAdaptation
 from framework.modules.adaptation.alignment_sum import WeightedAlignmentSum, alignment_terms
 from framework.networks import NetworkOutputs
+from framework.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {"backbone": "resnet8", "bottleneck_features": 16}
 
@@ -121,3 +122,21 @@ def test_from_the_shell(domains: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         AlignmentSum(3, **OPTIONS, **options)
+
+
+def test_options_of_a_term_are_named_as_such() -> None:
+    for name, options in (("mcc", {"temperature": -1.0}), ("rotation", {"rotations": "some"})):
+        (option,) = options
+        with pytest.raises(ConfigurationError, match=rf"`--model.term_options.{name}.{option}`"):
+            AlignmentSum(3, backbone="resnet8", terms={name: 1.0}, term_options={name: options})
+
+
+def test_images_that_do_not_suit_a_term_are_refused_before_training(domains: Path) -> None:
+    terms = {"terms": {"mcc": 1.0, "masking": 1.0}, "term_options": {"masking": {"block_size": 32}}}
+    model = contract.build_model(AlignmentSum, **terms)
+    state = contract.weights(model)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    with pytest.raises(ConfigurationError, match=r"`--model\.term_options\.masking\.block_size`"):
+        trainer.fit(model, contract.build_data(domains))
+    assert trainer.global_step == 0
+    assert contract.equal(contract.weights(model), state)

@@ -325,10 +325,13 @@ def test_outputs_without_images() -> None:
     ("options", "message"),
     [
         ({"rotation": {"domains": "source"}}, "`domains` to be 'both' or 'target', but got 'source'"),
-        ({"rotation": {"rotations": "some"}}, r"`--model\.rotations` to be 'all' or 'random', but got 'some'"),
+        (
+            {"rotation": {"rotations": "some"}},
+            r"`--model\.term_options\.rotation\.rotations` to be 'all' or 'random', but got 'some'",
+        ),
         ({"rotation": {"backbone": "resnet8"}}, r"`--model\.term_options\.rotation` .*'backbone'"),
         ({"jigsaw": {"permutation": 3}}, r"`--model\.term_options\.jigsaw` .*Did you mean 'permutations'"),
-        ({"jigsaw": {"grid": 1}}, r"`--model\.grid` to be between 2 and 10"),
+        ({"jigsaw": {"grid": 1}}, r"`--model\.term_options\.jigsaw\.grid` to be between 2 and 10"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,8 @@ from pretraining_contract import build_data, build_model, methods, prepare
 from torch import Tensor, nn
 
 from framework.batch import UnlabelledBatch
-from framework.modules import PretrainingModule, RotationPrediction
+from framework.errors import ConfigurationError
+from framework.modules import JigsawPrediction, MaskedImageReconstruction, PretrainingModule, RotationPrediction
 from framework.networks.batch_norm import batch_norms
 from framework.trainer import Trainer
 
@@ -100,3 +101,34 @@ def test_validation_images_are_mixed(tmp_path: Path, images: Callable[..., Path]
     again = build_data(tmp_path, RotationPrediction, folders=str(tmp_path / "folder"), val_fraction=0.5)
     again.setup("fit")
     assert again.val_files.paths == data.val_files.paths
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "flag"),
+    [(MaskedImageReconstruction, {"block_size": 32}, "block_size"), (JigsawPrediction, {"gap": 9}, "gap")],
+)
+def test_options_that_do_not_suit_the_images_are_refused_before_training(
+    method: type[PretrainingModule], options: dict[str, Any], flag: str, root: Path
+) -> None:
+    module = build_model(method, **options)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=f"`--model.{flag}`"):
+        Trainer(**QUIET, max_steps=1).fit(module, build_data(root, method))
+    assert module.trainer.global_step == 0
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.__name__)
+def test_trying_the_images_leaves_no_trace(method: type[PretrainingModule]) -> None:
+    module = build_model(method)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    drawn = torch.get_rng_state()
+    module.train()
+    module.task.try_images(module.encode, 16)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(part.training for part in module.task.modules())
+    changed = {
+        name.rsplit(".", 1)[-1] for name, value in module.state_dict().items() if not torch.equal(value, state[name])
+    }
+    # those of two views see images as they are, for which prepare_data sets the backbone to eval mode too
+    assert changed <= ({"running_mean", "running_var", "num_batches_tracked"} if module.task.views == 2 else set())
