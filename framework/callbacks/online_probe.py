@@ -105,7 +105,7 @@ class OnlineProbe(L.Callback):
         return folder
 
     def _loader(self, files: ImageFiles) -> Any:
-        return self._pixels._eval_loader(LabelledImages(files, self._pixels.eval_transform), f"{FLAG}.root")
+        return self._pixels._eval_loader(self._pixels._evaluation_images(LabelledImages, files), f"{FLAG}.root")
 
     # ------------------------------------------------------------------ measuring
     def on_validation_batch_end(

@@ -13,19 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from framework.batch import DomainBatch, LabelledBatch, PredictionBatch, UnlabelledBatch
+from framework.datamodules.cache import CachedImages, ImageCache, Storage
 from framework.datamodules.checks import (
     check_amount,
     check_at_least,
     check_augmentation,
+    check_cache,
     check_fraction,
     check_resize,
     check_statistics,
 )
-from framework.datamodules.datasets import ImagesAlone, LabelledImages, UnlabelledImages
+from framework.datamodules.datasets import Images, LabelledImages
 from framework.datamodules.folders import ImageFiles, check_images, few_of_each_class, joined, stratified_split
 from framework.datamodules.split_manifest import split_identity, split_table, write_manifest
 from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
-from framework.datamodules.transforms import AREAS, Crop, Views, evaluation_transform, training_transform
+from framework.datamodules.transforms import AREAS, Crop, Views, evaluation_transform, resized_side, training_transform
 from framework.datamodules.workers import leave_stopping_to_the_run
 from framework.errors import ConfigurationError
 from framework.networks.preprocessing import Preprocessing
@@ -63,6 +65,10 @@ class ImageDataModule(L.LightningDataModule):
         blur: probability of blurring a training image.
         mean, std: per-channel statistics of the normalisation, for images in [0, 1]; default: as ``image_size``.
         check_images: decode every file once before training, so that a corrupt one ends the run at its start.
+        cache: decode each image of a folder once, resized for the crop, and keep the pixels in ``memory``, or on
+            ``disk`` for later runs too; batches are the same ones, bit for bit. Processes of one machine share them.
+        cache_dir: folder for ``disk``, of which anything may be deleted at any time; default: ``transfer-framework`` in
+            the user's folder of caches (``$XDG_CACHE_HOME`` or ``~/.cache``).
         num_workers: loader processes per domain.
         seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
     """
@@ -87,6 +93,8 @@ class ImageDataModule(L.LightningDataModule):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         check_images: bool = True,
+        cache: Storage = "none",
+        cache_dir: str | None = None,
         num_workers: int = 2,
         seed: int | None = None,
     ) -> None:
@@ -97,6 +105,7 @@ class ImageDataModule(L.LightningDataModule):
         check_at_least("--data.steps_per_epoch", steps_per_epoch, 1)
         check_at_least("--data.image_size", image_size, 1)
         check_at_least("--data.num_workers", num_workers, 0)
+        check_cache(cache)
         check_fraction("--data.val_fraction", val_fraction)
         check_amount("--data.labels_per_class", labels_per_class)
         if resize_size is not None and image_size is not None:
@@ -123,6 +132,8 @@ class ImageDataModule(L.LightningDataModule):
         self._restored_preprocessing: Preprocessing | None = None
         self._announced: Preprocessing | None = None
         self.check_images = check_images
+        self.cache, self.cache_dir = cache, cache_dir
+        self._caches: dict[tuple[Any, ...], ImageCache] = {}
         self.num_workers = num_workers
         self.seed = global_seed() if seed is None else seed
         self._restored_batches = 0
@@ -184,11 +195,15 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def train_transform(self) -> v2.Transform:
         """From the pixels of a file to a training image, both uint8."""
+        return self._train_transform()
+
+    def _train_transform(self, resized: bool = False) -> v2.Transform:
         return training_transform(
             self.image_size,
             self.resize_size,
             self.crop,
             self.horizontal_flip,
+            resized=resized,
             crop_scale=self.crop_scale,
             color_jitter=self.color_jitter,
             grayscale=self.grayscale,
@@ -356,6 +371,33 @@ class ImageDataModule(L.LightningDataModule):
             )
         self._restored_batches = state["batches"]
 
+    # ------------------------------------------------------------------ images, decoded or cached
+    def _training_images(self, samples: type[Images], files: ImageFiles) -> Images:
+        """A dataset of random views."""
+        cached = self._cached(files)
+        transform = self._train_transform(resized=cached is not None)
+        return samples(files, transform if self.views == 1 else Views(transform, self.views), cached)
+
+    def _evaluation_images(self, samples: type[Images], files: ImageFiles) -> Images:
+        """A dataset of images as evaluation sees them."""
+        cached = self._cached(files)
+        transform = evaluation_transform(self.image_size, self.resize_size, self.crop, resized=cached is not None)
+        return samples(files, transform, cached)
+
+    def _cached(self, files: ImageFiles) -> CachedImages | None:
+        """The cached pixels, here and not in ``setup`` since a checkpoint that is restored later may tell the size."""
+        if self.cache == "none" or not files:
+            return None
+        side = resized_side(self.image_size, self.resize_size, self.crop)
+        self._caches = {key: cache for key, cache in self._caches.items() if cache.side == side}  # of no other model
+        caches = []
+        for root, paths in zip(files.roots, files.folders, strict=True):
+            key = (str(root), side, tuple(paths))
+            if key not in self._caches:
+                self._caches[key] = ImageCache(paths, side, self.cache, self.cache_dir)
+            caches.append(self._caches[key])
+        return CachedImages(files, caches)
+
     # ------------------------------------------------------------------ loaders
     def _steps(self, images: int) -> int:
         """Batches in an epoch; not more than a ``limit_train_batches`` that is a number, so that none is prefetched in
@@ -373,15 +415,14 @@ class ImageDataModule(L.LightningDataModule):
         batch_size: int,
         steps: int,
         stream: int = 0,
-        samples: type[LabelledImages | UnlabelledImages | ImagesAlone] = LabelledImages,
+        samples: type[Images] = LabelledImages,
     ) -> DataLoader[Any]:
         """Endless stream number ``stream`` of the run: every stream has an order and augmentations of its own."""
         self._announce()
         seed = self._stream_seed(stream)
         sampler = StreamSampler(files.domains, batch_size, steps, seed, self._rank, self._world_size, self._processed)
-        transform = self.train_transform if self.views == 1 else Views(self.train_transform, self.views)
         return DataLoader(
-            SeededDraws(samples(files, transform), seed),
+            SeededDraws(self._training_images(samples, files), seed),
             batch_size=batch_size,
             sampler=sampler,
             drop_last=True,

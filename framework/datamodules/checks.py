@@ -28,6 +28,12 @@ def check_amount(flag: str, value: int | float | None) -> None:
         )
 
 
+def check_cache(storage: str) -> None:
+    """Refuse a place for decoded images that there is not."""
+    if storage not in ("none", "memory", "disk"):
+        raise ConfigurationError(f"Expected `--data.cache` to be 'none', 'memory' or 'disk', but got {storage!r}.")
+
+
 def check_resize(resize_size: int, image_size: int) -> None:
     """Refuse a crop larger than what it is taken from."""
     if resize_size < image_size:

@@ -150,14 +150,14 @@ class DomainPairDataModule(ImageDataModule):
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Labelled source images, then unlabelled target images."""
         return [
-            self._eval_loader(LabelledImages(self.source_val_files, self.eval_transform), "--data.source_val"),
-            self._eval_loader(UnlabelledImages(self.target_val_files, self.eval_transform), "--data.target_val"),
+            self._eval_loader(self._evaluation_images(LabelledImages, self.source_val_files), "--data.source_val"),
+            self._eval_loader(self._evaluation_images(UnlabelledImages, self.target_val_files), "--data.target_val"),
         ]
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Labelled target images: the only place where target labels are read."""
-        return self._eval_loader(LabelledImages(self.target_test_files, self.eval_transform), "--data.target_test")
+        return self._eval_loader(self._evaluation_images(LabelledImages, self.target_test_files), "--data.target_test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Images with their paths."""
-        return self._eval_loader(ImagesWithPaths(self.predict_files, self.eval_transform), "--data.predict")
+        return self._eval_loader(self._evaluation_images(ImagesWithPaths, self.predict_files), "--data.predict")

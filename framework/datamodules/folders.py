@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import functional as transforms
 
 from framework.errors import ConfigurationError
@@ -28,6 +29,7 @@ class ImageFiles:
         labels: a class index for each file; empty where labels are not known or not read.
         classes: class names in the order of their indices; empty without labels.
         domains: which of ``roots`` each file is below.
+        folders: all the files below each of ``roots``, whatever part of them this is.
     """
 
     roots: list[Path]
@@ -35,6 +37,7 @@ class ImageFiles:
     labels: list[int]
     classes: list[str]
     domains: list[int]
+    folders: list[list[str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,11 +46,12 @@ class ImageFiles:
         """The files at ``indices``, in that order."""
         labels = [self.labels[i] for i in indices] if self.labels else []
         domains = [self.domains[i] for i in indices]
-        return ImageFiles(self.roots, [self.paths[i] for i in indices], labels, self.classes, domains)
+        paths = [self.paths[i] for i in indices]
+        return ImageFiles(self.roots, paths, labels, self.classes, domains, self.folders)
 
     def without_labels(self) -> ImageFiles:
         """The same files with their labels forgotten."""
-        return ImageFiles(self.roots, self.paths, [], [], self.domains)
+        return ImageFiles(self.roots, self.paths, [], [], self.domains, self.folders)
 
 
 def joined(folders: Sequence[ImageFiles]) -> ImageFiles:
@@ -64,6 +68,7 @@ def joined(folders: Sequence[ImageFiles]) -> ImageFiles:
         labels=[folders[domain].labels[i] for i, domain in turns if folders[domain].labels],
         classes=folders[0].classes,
         domains=[domain for _, domain in turns],
+        folders=[paths for files in folders for paths in files.folders],
     )
 
 
@@ -189,7 +194,7 @@ def labelled_images(folder: str | Path, flag: str, classes: Sequence[str] | None
             f"Expected every class folder of `{flag}` to hold images, but found none in {_shortened(empty)} "
             f"under '{folder}'. Remove the folder or fill it."
         )
-    return ImageFiles([root], paths, labels, names, [0] * len(paths))
+    return ImageFiles([root], paths, labels, names, [0] * len(paths), [paths])
 
 
 def unlabelled_images(folder: str | Path, flag: str) -> ImageFiles:
@@ -202,7 +207,7 @@ def unlabelled_images(folder: str | Path, flag: str) -> ImageFiles:
     paths = _images_below(root, flag)
     if not paths:
         raise _no_images(flag, folder)
-    return ImageFiles([root], paths, [], [], [0] * len(paths))
+    return ImageFiles([root], paths, [], [], [0] * len(paths), [paths])
 
 
 def _no_images(flag: str, folder: str | Path) -> ConfigurationError:
@@ -221,14 +226,42 @@ def read_image(path: str) -> Tensor:
     """The pixels of an image file, uint8, ``[3, H, W]``.
 
     Grey and palette images become RGB, 16-bit grey ones are scaled to 8 bits. Transparency is dropped, and the
-    orientation of EXIF is not applied, as in torchvision's ``ImageFolder``.
+    orientation of EXIF is not applied, as in torchvision's ``ImageFolder``. What the file is, its content says and not
+    its name.
 
     Raises:
         OSError, ValueError, SyntaxError: as Pillow does, for a file that it cannot decode.
     """
+    pixels: Tensor
     with Image.open(path) as image:
-        pixels: Tensor = transforms.pil_to_tensor(_rgb(image))
+        # of CMYK there are several readings: Pillow's. PNG is Pillow's too: torchvision 0.29 ends the whole process at
+        # damaged pixels, and is hardly faster
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and hasattr(torch.ops.image, "decode_jpeg"):
+            with open(path, "rb") as file:  # noqa: PTH123 (for each image)
+                content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+            try:
+                # not through torchvision.io, which warns at every call that another package will follow it one day
+                pixels = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
+                return pixels
+            except RuntimeError:
+                pass  # Pillow says what is wrong with it, or can read it
+        pixels = transforms.pil_to_tensor(_rgb(image))
     return pixels
+
+
+def read_pixels(path: str) -> Tensor:
+    """As :func:`read_image`.
+
+    Raises:
+        ConfigurationError: the file cannot be read; names it.
+    """
+    try:
+        return read_image(path)
+    except Exception as error:  # Pillow raises many kinds
+        raise ConfigurationError(
+            f"Expected '{path}' to be an image that can be read, but got {type(error).__name__}: {error}. "
+            "`--data.check_images true` finds such files before training."
+        ) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -130,16 +130,16 @@ class ImageFolderDataModule(ImageDataModule):
 
     def unaugmented_train_dataloader(self) -> DataLoader[Any]:
         """All labelled training images as evaluation sees them, each once over all processes, in a fixed order."""
-        return self._eval_loader(LabelledImages(self.train_files, self.eval_transform), "--data.root")
+        return self._eval_loader(self._evaluation_images(LabelledImages, self.train_files), "--data.root")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Labelled validation images."""
-        return self._eval_loader(LabelledImages(self.val_files, self.eval_transform), "--data.root")
+        return self._eval_loader(self._evaluation_images(LabelledImages, self.val_files), "--data.root")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Labelled test images."""
-        return self._eval_loader(LabelledImages(self.test_files, self.eval_transform), "--data.root")
+        return self._eval_loader(self._evaluation_images(LabelledImages, self.test_files), "--data.root")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Images with their paths."""
-        return self._eval_loader(ImagesWithPaths(self.predict_files, self.eval_transform), "--data.predict")
+        return self._eval_loader(self._evaluation_images(ImagesWithPaths, self.predict_files), "--data.predict")

@@ -14,12 +14,21 @@ Crop = Literal["random_resized", "pad", "center", "none"]
 AREAS = (0.08, 1.0)  # Szegedy 2015
 
 
+def resized_side(image_size: int, resize_size: int, crop: Crop) -> int:
+    """Height and width after the fixed resize that every transform begins with, in pixels.
+
+    For ``random_resized`` and ``center`` the image is squared first, as in the published adaptation protocols.
+    """
+    return resize_size if crop in ("random_resized", "center") else image_size
+
+
 def training_transform(
     image_size: int,
     resize_size: int,
     crop: Crop,
     horizontal_flip: bool,
     *,
+    resized: bool = False,
     crop_scale: tuple[float, float] = AREAS,
     color_jitter: float = 0.0,
     grayscale: float = 0.0,
@@ -35,6 +44,7 @@ def training_transform(
         crop: ``random_resized`` (area ``crop_scale``, Szegedy 2015), ``pad`` (4 pixels of padding, then a random crop:
             He 2015 on CIFAR), ``center``, or ``none``.
         horizontal_flip: mirror half of the images.
+        resized: leave out the fixed resize, for images that have its result's size, :func:`resized_side`, already.
         crop_scale: the least and the largest area of ``random_resized``, as shares of the image.
         color_jitter: strength ``s``: of 80 % of the images brightness, contrast and saturation are changed by up to
             ``0.8 s``, the hue by up to ``0.2 s``.
@@ -42,17 +52,14 @@ def training_transform(
         blur: probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels; its kernel is about a tenth
             of the image.
     """
-    steps: list[v2.Transform] = []
+    steps = _first_step(image_size, resize_size, crop, resized)
     if crop == "random_resized":
-        # squared first, as in the published adaptation protocols
-        steps += [v2.Resize((resize_size, resize_size)), v2.RandomResizedCrop(image_size, crop_scale, antialias=True)]
+        steps.append(v2.RandomResizedCrop(image_size, crop_scale, antialias=True))
     elif crop == "center":
-        steps += [v2.Resize((resize_size, resize_size)), v2.CenterCrop(image_size)]
+        steps.append(v2.CenterCrop(image_size))
     elif crop == "pad":
-        steps += [v2.Resize((image_size, image_size)), v2.RandomCrop(image_size, padding=4)]
-    elif crop == "none":
-        steps += [v2.Resize((image_size, image_size))]
-    else:
+        steps.append(v2.RandomCrop(image_size, padding=4))
+    elif crop != "none":
         raise ConfigurationError(
             f"Expected `--data.crop` to be 'random_resized', 'pad', 'center' or 'none', but got {crop!r}."
         )
@@ -66,7 +73,7 @@ def training_transform(
     if blur:
         kernel = max(3, image_size // 10 | 1)  # odd
         steps.append(v2.RandomApply([v2.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=blur))
-    return v2.Compose(steps)
+    return _composed(steps)
 
 
 class Views(v2.Transform):  # type: ignore[misc]
@@ -88,8 +95,21 @@ class Views(v2.Transform):  # type: ignore[misc]
         return torch.stack([self.view(image) for _ in range(self.views)])
 
 
-def evaluation_transform(image_size: int, resize_size: int, crop: Crop) -> v2.Transform:
-    """The fixed transform of an evaluated image: the middle of what training crops from."""
+def evaluation_transform(image_size: int, resize_size: int, crop: Crop, *, resized: bool = False) -> v2.Transform:
+    """The fixed transform of an evaluated image: the middle of what training crops from.
+
+    With ``resized`` without the fixed resize, as :func:`training_transform`.
+    """
+    steps = _first_step(image_size, resize_size, crop, resized)
     if crop in ("random_resized", "center"):
-        return v2.Compose([v2.Resize((resize_size, resize_size)), v2.CenterCrop(image_size)])
-    return v2.Compose([v2.Resize((image_size, image_size))])
+        steps.append(v2.CenterCrop(image_size))
+    return _composed(steps)
+
+
+def _first_step(image_size: int, resize_size: int, crop: Crop, resized: bool) -> list[v2.Transform]:
+    side = resized_side(image_size, resize_size, crop)
+    return [] if resized else [v2.Resize((side, side))]
+
+
+def _composed(steps: list[v2.Transform]) -> v2.Transform:
+    return v2.Compose(steps) if steps else v2.Identity()

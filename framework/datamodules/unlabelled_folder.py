@@ -13,7 +13,6 @@ from framework.datamodules.datasets import ImagesAlone
 from framework.datamodules.folders import unlabelled_images
 from framework.datamodules.several_folders import check_equal_shares, check_same_folders, folder_list, folders_state
 from framework.datamodules.streams import SeededDraws
-from framework.datamodules.transforms import Views
 from framework.errors import ConfigurationError
 
 VALIDATION_STREAM = 15
@@ -90,8 +89,11 @@ class UnlabelledFolderDataModule(ImageDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Images that were held out, in as many views as in training."""
-        images: Dataset[Any] = ImagesAlone(self.val_files, self.eval_transform)
+        images: Dataset[Any]
         if self.views > 1:
-            views = ImagesAlone(self.val_files, Views(self.train_transform, self.views))
-            images = SeededDraws(views, self._stream_seed(VALIDATION_STREAM))
+            images = SeededDraws(
+                self._training_images(ImagesAlone, self.val_files), self._stream_seed(VALIDATION_STREAM)
+            )
+        else:
+            images = self._evaluation_images(ImagesAlone, self.val_files)
         return self._eval_loader(images, "--data.folders")
