@@ -258,6 +258,10 @@ class ImageDataModule(L.LightningDataModule):
         if not self.check_images or self._stage != "fit" or self._rank != 0:
             return
         key = (flag, tuple(files.paths))
+        if self.cache != "none" and all(
+            ImageCache.exists(paths, self._resized_side, self.cache, self.cache_dir) for paths in files.folders
+        ):
+            return  # each of them has been decoded
         if key in (checked := self.__dict__.setdefault("_checked", set())):  # once, not in setup again
             return
         if len(files) > 20_000:
@@ -375,25 +379,29 @@ class ImageDataModule(L.LightningDataModule):
     def _training_images(self, samples: type[Images], files: ImageFiles) -> Images:
         """A dataset of random views."""
         cached = self._cached(files)
-        transform = self._train_transform(resized=cached is not None)
+        transform = self.train_transform if cached is None else self._train_transform(resized=True)
         return samples(files, transform if self.views == 1 else Views(transform, self.views), cached)
 
     def _evaluation_images(self, samples: type[Images], files: ImageFiles) -> Images:
         """A dataset of images as evaluation sees them."""
         cached = self._cached(files)
-        transform = evaluation_transform(self.image_size, self.resize_size, self.crop, resized=cached is not None)
-        return samples(files, transform, cached)
+        if cached is None:
+            return samples(files, self.eval_transform)
+        return samples(files, evaluation_transform(self.image_size, self.resize_size, self.crop, resized=True), cached)
+
+    @property
+    def _resized_side(self) -> int:
+        return resized_side(self.image_size, self.resize_size, self.crop)
 
     def _cached(self, files: ImageFiles) -> CachedImages | None:
         """The cached pixels, here and not in ``setup`` since a checkpoint that is restored later may tell the size."""
         if self.cache == "none" or not files:
             return None
-        side = resized_side(self.image_size, self.resize_size, self.crop)
+        side = self._resized_side
         self._caches = {key: cache for key, cache in self._caches.items() if cache.side == side}  # of no other model
         caches = []
-        for root, paths in zip(files.roots, files.folders, strict=True):
-            key = (str(root), side, tuple(paths))
-            if key not in self._caches:
+        for paths in files.folders:  # whole folders, so that their parts and other seeds share one
+            if (key := tuple(paths)) not in self._caches:
                 self._caches[key] = ImageCache(paths, side, self.cache, self.cache_dir)
             caches.append(self._caches[key])
         return CachedImages(files, caches)

@@ -8,13 +8,15 @@ runs share it. It appears under that name whole or not at all. Labels are not in
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import mmap
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,7 +27,7 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
-from framework.datamodules.folders import ImageFiles, read_pixels
+from framework.datamodules.folders import ImageFiles, read_pixels, unreadable
 from framework.errors import ConfigurationError
 from framework.reports import logger
 
@@ -54,24 +56,31 @@ class ImageCache:
     def __init__(self, paths: Sequence[str], side: int, storage: Storage, folder: str | None = None) -> None:
         self.paths, self.side = sorted(paths), side
         self.rows = {path: row for row, path in enumerate(self.paths)}
-        where = _memory_folder() if storage == "memory" else _disk_folder(folder)
+        self.file = _cache_file(self.paths, side, storage, folder)
+        if storage == "disk" and self._whole():  # nobody removes it; the folder may be closed to us
+            self._map()
+            return
         try:
-            where.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.file = where / (self._digest() + SUFFIX)
+            self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _locked(self.file.with_suffix(".lock")) as alone:
                 if alone:
-                    _sweep(where if storage == "memory" else None, self.file)
+                    _sweep(self.file, storage)
                 if not self._whole():
                     self._write(storage)
                 self._map()
                 if storage == "memory":
                     self._share()
         except OSError as error:
-            flag = "--data.cache" if storage == "memory" or folder is None else "--data.cache_dir"
             raise ConfigurationError(
-                f"Expected `{flag}` to find a folder that can be written, but '{where}' cannot: "
-                f"{error.strerror or error}. Take another `--data.cache_dir`, or `--data.cache none`."
+                f"Expected `--data.cache {storage}` to find a folder that can be written, but '{self.file.parent}' "
+                f"cannot: {error.strerror or error}. Take another `--data.cache_dir`, or `--data.cache none`."
             ) from error
+
+    @staticmethod
+    def exists(paths: Sequence[str], side: int, storage: Storage, folder: str | None = None) -> bool:
+        """Whether these images are there already."""
+        file = _cache_file(sorted(paths), side, storage, folder)
+        return file.exists() and file.stat().st_size == len(paths) * 3 * side**2
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,39 +90,30 @@ class ImageCache:
         return torch.from_numpy(self.pixels[index].copy())
 
     @property
-    def bytes(self) -> int:
-        """Size of the file."""
+    def size(self) -> int:
+        """Bytes of the file."""
         return len(self.paths) * 3 * self.side**2
 
-    def _digest(self) -> str:
-        digest = hashlib.sha256(repr((1, self.side, _versions())).encode())
-        for path in self.paths:
-            status = os.stat(path)  # noqa: PTH116 (a folder may have a million files)
-            entry = os.path.abspath(path), status.st_size, status.st_mtime_ns  # noqa: PTH100
-            digest.update(repr(entry).encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:32]
-
     def _whole(self) -> bool:
-        return self.file.exists() and self.file.stat().st_size == self.bytes
+        return self.file.exists() and self.file.stat().st_size == self.size
 
     def _map(self) -> None:
         with self.file.open("rb") as file:
             # shared, and not written to: the pages are the same ones in every process
-            content = mmap.mmap(file.fileno(), self.bytes, access=mmap.ACCESS_READ)
+            content = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         self.pixels = np.frombuffer(content, np.uint8).reshape(len(self.paths), 3, self.side, self.side)
 
     # ------------------------------------------------------------------ writing
     def _write(self, storage: Storage) -> None:
         self._check_room(storage)
         logger.info(
-            f"Decoding {len(self.paths):,} images to {self.side} px for `--data.cache {storage}`: {_size(self.bytes)} "
+            f"Decoding {len(self.paths):,} images to {self.side} px for `--data.cache {storage}`: {_size(self.size)} "
             f"in '{self.file.parent}' …"
         )
         number, name = tempfile.mkstemp(suffix=".partial", prefix=f"{self.file.stem}.", dir=self.file.parent)
         try:
             with os.fdopen(number, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # so that a lack of room shows now, and not at the end
-                    os.posix_fallocate(file.fileno(), 0, self.bytes)
+                _reserve(file.fileno(), self.size)
                 self._decode(file)
                 os.fsync(file.fileno())  # the pixels before the name, if the power fails
             if not self._whole():  # another writer's, where there are no locks: then that one is used
@@ -124,28 +124,29 @@ class ImageCache:
     def _decode(self, file: IO[bytes]) -> None:
         resize = v2.Resize((self.side, self.side))
 
-        def decode(row: int) -> None:
-            pixels = resize(read_pixels(self.paths[row])).contiguous()
-            os.pwrite(file.fileno(), memoryview(pixels.numpy()).cast("B"), row * pixels.numel())
+        def decode(first: int) -> None:
+            for row in range(first, min(first + 32, len(self.paths))):
+                pixels = resize(read_pixels(self.paths[row])).contiguous().numpy()
+                if os.pwrite(file.fileno(), memoryview(pixels).cast("B"), row * pixels.size) != pixels.size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
-            jobs = [pool.submit(decode, row) for row in range(len(self.paths))]
-            wait(jobs, return_when=FIRST_EXCEPTION)
-            pool.shutdown(cancel_futures=True)
-        for job in jobs:
-            if not job.cancelled():
+        pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
+        try:
+            jobs = [pool.submit(decode, first) for first in range(0, len(self.paths), 32)]
+            for job in jobs:
                 job.result()
+        finally:  # after an error, or Ctrl-C, without the rest
+            pool.shutdown(cancel_futures=True)
 
     def _check_room(self, storage: Storage) -> None:
-        status = os.statvfs(self.file.parent)
-        free, place = status.f_bavail * status.f_frsize, f"in '{self.file.parent}'"
+        free, place = shutil.disk_usage(self.file.parent).free, f"in '{self.file.parent}'"
         if storage == "memory":
             free, place = int(SHARE_OF_MEMORY * min(free, *_free_memory())), f"of memory {place}"
-        if self.bytes > free:
+        if self.size > free:
             other = "`--data.cache disk`" if storage == "memory" else "a `--data.cache_dir` with more room"
             raise ConfigurationError(
                 f"Expected `--data.cache {storage}` to have room for {len(self.paths):,} images of {self.side} px, "
-                f"{_size(self.bytes)}, but only {_size(free)} {place} can be used. Take {other}, a smaller "
+                f"{_size(self.size)}, but only {_size(free)} {place} can be used. Take {other}, a smaller "
                 "`--data.image_size`, or `--data.cache none`."
             )
 
@@ -174,7 +175,10 @@ class CachedImages:
 
     def __init__(self, files: ImageFiles, caches: Sequence[ImageCache]) -> None:
         self.caches = list(caches)
-        self.places = [(domain, self.caches[domain].rows[path]) for domain, path in zip(files.domains, files.paths)]
+        places = [
+            (domain, self.caches[domain].rows[path]) for domain, path in zip(files.domains, files.paths, strict=True)
+        ]
+        self.places = np.array(places, np.int64).reshape(-1, 2)  # a list would be copied in every worker
 
     def gather(self, indices: Sequence[int]) -> Tensor:
         """The images at ``indices``, copied at once: uint8 ``[N, 3, side, side]``."""
@@ -197,8 +201,10 @@ def _let_go(user: int, file: Path, process: int) -> None:
             _remove_unused(file)
 
 
-def _remove_unused(file: Path) -> None:
+def _remove_unused(file: Path, unless: Path | None = None) -> None:
     """Remove a file in memory, unless a process holds it. Call it under the file's lock."""
+    if file == unless:
+        return
     with contextlib.suppress(OSError):
         user = os.open(file, os.O_RDONLY)
         try:
@@ -208,15 +214,15 @@ def _remove_unused(file: Path) -> None:
             os.close(user)
 
 
-def _sweep(memory: Path | None, file: Path) -> None:
-    """Remove what killed processes have left: unfinished files of this name, and in memory what nobody holds."""
-    for partial in file.parent.glob(f"{file.stem}.*.partial"):
-        partial.unlink(missing_ok=True)
-    for other in memory.glob(f"*{SUFFIX}") if memory else ():
-        if other != file:
-            with _locked(other.with_suffix(".lock"), wait=False) as alone:
-                if alone:
-                    _remove_unused(other)
+def _sweep(file: Path, storage: Storage) -> None:
+    """Remove what killed processes have left: unfinished files, and in memory what nobody holds."""
+    for lock in file.parent.glob("*.lock"):
+        own = lock.stem == file.stem  # which we hold already
+        with contextlib.nullcontext(True) if own else _locked(lock, wait=False) as alone:
+            for partial in file.parent.glob(f"{lock.stem}.*.partial") if alone else ():
+                partial.unlink(missing_ok=True)
+            if alone and storage == "memory":
+                _remove_unused(lock.with_suffix(SUFFIX), unless=file)
 
 
 @contextlib.contextmanager
@@ -251,9 +257,31 @@ def _flock(number: int, kind: str, wait: bool = True) -> bool:
     return True
 
 
-def _versions() -> tuple[str, ...]:
-    """What else decides on the pixels, to the last bit."""
-    return torch.__version__, torchvision.__version__, PIL.__version__, torch.backends.cpu.get_cpu_capability()
+def _reserve(number: int, size: int) -> None:
+    """Take the room now, so that a lack of it does not show at the end."""
+    try:
+        os.posix_fallocate(number, 0, size)
+    except AttributeError:  # not on every system
+        pass
+    except OSError as error:  # nor on every file system
+        if error.errno == errno.ENOSPC:
+            raise
+
+
+def _cache_file(paths: Sequence[str], side: int, storage: Storage, folder: str | None) -> Path:
+    """The file of these images: its name says all that its bytes depend on."""
+    # versions and the processor's instructions: they decide on the pixels to the last bit
+    versions = torch.__version__, torchvision.__version__, PIL.__version__, torch.backends.cpu.get_cpu_capability()
+    digest = hashlib.sha256(repr((1, side, *versions)).encode())
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116 (a folder may have a million files)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        entry = os.path.abspath(path), status.st_size, status.st_mtime_ns  # noqa: PTH100
+        digest.update(repr(entry).encode("utf-8", "surrogateescape"))
+    where = _memory_folder() if storage == "memory" else _disk_folder(folder)
+    return where / (digest.hexdigest()[:32] + SUFFIX)
 
 
 def _memory_folder() -> Path:

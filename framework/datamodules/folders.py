@@ -258,10 +258,15 @@ def read_pixels(path: str) -> Tensor:
     try:
         return read_image(path)
     except Exception as error:  # Pillow raises many kinds
-        raise ConfigurationError(
-            f"Expected '{path}' to be an image that can be read, but got {type(error).__name__}: {error}. "
-            "`--data.check_images true` finds such files before training."
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> ConfigurationError:
+    """What is said of an image that cannot be read."""
+    return ConfigurationError(
+        f"Expected '{path}' to be an image that can be read, but got {type(error).__name__}: {error}. "
+        "`--data.check_images true` finds such files before training."
+    )
 
 
 def _rgb(image: Image.Image) -> Image.Image:

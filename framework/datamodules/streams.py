@@ -112,23 +112,23 @@ class SeededDraws(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """A whole batch, so that the run's own generators are set aside once and not for every image."""
-        samples, pixels = self.dataset, None
-        if isinstance(samples, Images):
-            pixels = iter(samples.pixels([int(index) for index in indices]))  # what is cached is copied at once
+        plain = [int(index) for index in indices]
+        images = self.dataset if isinstance(self.dataset, Images) else None
+        pixels = iter(()) if images is None else iter(images.pixels(plain))  # what is cached is copied at once
         # the generator itself: torch.manual_seed costs a hundred times more on a CUDA build without a GPU
         states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
         try:
-            drawn = []
-            for index in indices:
-                self._seed_draw(index)
-                drawn.append(samples[int(index)] if pixels is None else samples.sample(int(index), next(pixels)))
-            return drawn
+            samples = []
+            for index, draw in zip(plain, indices, strict=True):
+                self._seed(draw)
+                samples.append(self.dataset[index] if images is None else images.sample(index, next(pixels)))
+            return samples
         finally:  # without workers these are the run's own generators
             torch.default_generator.set_state(states[0])
             random.setstate(states[1])
             np.random.set_state(states[2])
 
-    def _seed_draw(self, index: int) -> None:
+    def _seed(self, index: int) -> None:
         number = getattr(index, "number", index)  # a plain index comes from Trainer(overfit_batches=...)
         seed = (self.seed * 2_000_003 + int(number)) % (1 << 63)
         torch.default_generator.manual_seed(seed)

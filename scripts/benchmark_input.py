@@ -1,0 +1,224 @@
+"""Images a second of the input pipeline, relative to torchvision's ImageFolder with Pillow and v1 transforms.
+
+All pipelines end in normalised float batches: a random resized crop to 224 px, half of them mirrored. The first row,
+without worker processes, is 1.0. The last row is what no pipeline can beat: copying cached pixels and normalising them.
+In every repeat each pipeline runs once, one after the other, so that all see the same machine; figures are medians of
+the repeats, with the least and the largest. Images are pieces of scikit-learn's two photographs.
+
+    python scripts/benchmark_input.py [--repeats 7] [--images 512] [--json results.json] [--markdown results.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch.utils.data import DataLoader
+from torchvision import transforms as v1
+from torchvision.datasets import ImageFolder
+
+from framework import ImageFolderDataModule
+from framework.datamodules.cache import CachedImages
+
+FLOOR, BOUND = "ImageFolder, Pillow, v1 transforms", "gather + normalise from cache"
+KINDS = {"500x375 JPEG": ((500, 375), ".jpg"), "300x300 PNG": ((300, 300), ".png")}
+Epoch = Callable[[], int]
+
+
+def write_photographs(folder: Path, size: tuple[int, int], suffix: str, count: int) -> Path:
+    """Pieces of photographs in two class folders, ``size`` is width and height in pixels."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        name = ("china", "flower")[i % 2]
+        photograph = Image.fromarray(load_sample_image(f"{name}.jpg"))  # 640 x 427
+        width, height = int(generator.integers(320, 641)), int(generator.integers(213, 428))
+        left, top = int(generator.integers(641 - width)), int(generator.integers(428 - height))
+        piece = photograph.resize(size, box=(left, top, left + width, top + height))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        piece.save(folder / name / f"{i:05}{suffix}", **({"quality": 90} if suffix == ".jpg" else {}))
+    return folder
+
+
+def image_folder(root: Path, options: argparse.Namespace) -> Epoch:
+    """The reference: torchvision's own dataset and transforms, as in its examples."""
+    steps = [
+        v1.RandomResizedCrop(options.image_size),
+        v1.RandomHorizontalFlip(),
+        v1.ToTensor(),
+        v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    dataset = ImageFolder(str(root), v1.Compose(steps))
+
+    def epoch() -> int:
+        count = 0
+        while count < options.images:
+            loader = DataLoader(dataset, batch_size=options.batch_size, shuffle=True, drop_last=True)
+            for images, _ in loader:
+                count += len(images)
+                if count >= options.images:
+                    break
+        return count
+
+    return epoch
+
+
+def data_module(root: Path, options: argparse.Namespace, **choices: Any) -> ImageFolderDataModule:
+    """Ours, with all files in training."""
+    data = ImageFolderDataModule(
+        str(root),
+        batch_size=options.batch_size,
+        steps_per_epoch=max(1, options.images // options.batch_size),
+        image_size=options.image_size,
+        val_fraction=0.0,
+        test_fraction=0.0,
+        seed=0,
+        **choices,
+    )
+    data.setup("fit")
+    return data
+
+
+def ours(root: Path, options: argparse.Namespace, workers: int, cache: str) -> Epoch:
+    """A training epoch of this project's datamodule."""
+    data = data_module(root, options, num_workers=workers, cache=cache)
+    loader = data.train_dataloader()
+
+    def epoch() -> int:
+        return sum(len(data.normalize(batch.images)) for batch in loader)
+
+    return epoch
+
+
+def bound(root: Path, options: argparse.Namespace) -> Epoch:
+    """Cached pixels, copied as a batch, cut without choice and normalised."""
+    data = data_module(root, options, num_workers=0, cache="memory")
+    cached = data._cached(data.train_files)
+    assert isinstance(cached, CachedImages)
+    generator, side = torch.Generator().manual_seed(0), options.image_size
+
+    def epoch() -> int:
+        count = 0
+        for _ in range(max(1, options.images // options.batch_size)):
+            indices = torch.randint(len(data.train_files), (options.batch_size,), generator=generator).tolist()
+            count += len(data.normalize(cached.gather(indices)[:, :, :side, :side]))
+        return count
+
+    return epoch
+
+
+def measure(pipelines: dict[str, Epoch], repeats: int) -> dict[str, list[float]]:
+    """Images a second of each pipeline in each repeat; one run before the first does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
+    for repeat in range(repeats + 1):
+        for name, epoch in pipelines.items():
+            start = time.perf_counter()
+            count = epoch()
+            if repeat:
+                rates[name].append(count / (time.perf_counter() - start))
+    return rates
+
+
+def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Of each pipeline the median, and its ratio to the reference of the same repeat: median, least and largest."""
+    found = {}
+    for name, values in rates.items():
+        ratios = [value / floor for value, floor in zip(values, rates[FLOOR], strict=True)]
+        found[name] = {
+            "images_per_second": statistics.median(values),
+            "ratio": statistics.median(ratios),
+            "least": min(ratios),
+            "largest": max(ratios),
+        }
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a table."""
+    kinds = list(results["kinds"])
+    lines = [f"{key}: {value}" for key, value in results["machine"].items()]
+    table = ["| input pipeline | " + " | ".join(f"{kind}, images/s | ratio (from - to)" for kind in kinds) + " |"]
+    table.append("| --- |" + " --- | --- |" * len(kinds))
+    for name in results["kinds"][kinds[0]]:
+        cells = []
+        for kind in kinds:
+            row = results["kinds"][kind][name]
+            cells.append(
+                f"{row['images_per_second']:.0f} | {row['ratio']:.2f} ({row['least']:.2f} - {row['largest']:.2f})"
+            )
+        table.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "; ".join(lines) + "\n\n" + "\n".join(table) + "\n"
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures belong to."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "images": options.images,
+        "batch size": options.batch_size,
+        "repeats": options.repeats,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--images", type=int, default=512, help="in a repeat of a pipeline")
+    parser.add_argument("--files", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--threads", type=int, default=1, help="of this process; a loader's worker has one")
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--markdown", type=Path, help="write the table there, too")
+    options = parser.parse_args(arguments)
+    if options.files < options.batch_size or options.images < options.batch_size:
+        parser.error("Expected `--files` and `--images` to be at least `--batch_size`.")
+    logging.getLogger("framework").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = {"machine": machine(options), "kinds": {}}
+    for kind, (size, suffix) in KINDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            root = write_photographs(Path(folder), size, suffix, options.files)
+            pipelines = {FLOOR: image_folder(root, options)}
+            for cache, name in (("none", "decoded each time"), ("memory", "`--data.cache memory`")):
+                for workers in options.workers:
+                    pipelines[f"{name}, {workers} workers"] = ours(root, options, workers, cache)
+            pipelines[BOUND] = bound(root, options)
+            rates = measure(pipelines, options.repeats)
+            results["kinds"][kind] = summary(rates)
+            del pipelines  # and their workers
+    table = markdown(results)
+    print(table)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(table, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
