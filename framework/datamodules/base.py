@@ -483,7 +483,8 @@ class ImageDataModule(L.LightningDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         dtype = torch.float32 if module is None else module.dtype
         mean, std = self._statistics(images.device, dtype)  # type: ignore[arg-type]
-        return (images.to(dtype) / 255 - mean) / std
+        # in place: the memory of each intermediate result costs more than its arithmetic
+        return images.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`, clipped to [0, 1], for showing images."""

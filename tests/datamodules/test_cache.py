@@ -246,6 +246,7 @@ def job(storage: str, images: Path, folder: Path, slow: float = 0.0) -> subproce
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_two_writers_and_a_kill(tmp_path: Path, images: Callable[..., Path], storage: str) -> None:
     """A process that is killed while it decodes leaves nothing that counts; of the next two one decodes."""
@@ -270,6 +271,7 @@ def test_two_writers_and_a_kill(tmp_path: Path, images: Callable[..., Path], sto
     assert len(list(folder.iterdir())) == (0 if storage == "memory" else 2)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_leaves_in_memory(tmp_path: Path, images: Callable[..., Path]) -> None:
     folder = tmp_path / "cache"
     first = job("memory", images(tmp_path / "one"), folder)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from framework.datamodules import folders
 from framework.datamodules.folders import (
     check_images,
     class_names,
@@ -217,6 +218,161 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, kind: str, suffix: 
     assert torch.equal(read[0], read[1])
     assert torch.equal(read[0], read[2])
     check_images([str(path)], "--data.source")
+
+
+def by_pillow(path: Path) -> torch.Tensor:
+    """The pixels as Pillow has them, 16 bits scaled."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            wide = np.round(np.asarray(image).astype(np.float64) * 255 / 65535).astype(np.uint8)
+            return torch.from_numpy(wide).expand(3, -1, -1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def photograph(height: int = 61, width: int = 83) -> Image.Image:
+    """Smooth colours with some noise and an edge: what JPEG is made for."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(y / 9), np.cos(x / 7), np.sin((x + y) / 11)], axis=-1) * 90 + 128
+    waves[:, width // 2 :] *= 0.6
+    noise = np.random.default_rng(0).normal(0, 6, waves.shape)
+    return Image.fromarray((waves + noise).clip(0, 255).astype(np.uint8))
+
+
+JPEGS: dict[str, dict[str, object]] = {
+    "best": {"quality": 100, "subsampling": 0},
+    "4:2:2": {"quality": 80, "subsampling": 1},
+    "4:2:0": {"quality": 40, "subsampling": 2},
+    "progressive": {"quality": 85, "progressive": True},
+    "restarts": {"quality": 85, "restart_marker_blocks": 2},
+    "colours as they are": {"quality": 85, "keep_rgb": True},
+    "a profile and a comment": {"icc_profile": bytes(3000), "comment": "x" * 500},
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_are_pillows(tmp_path: Path, name: str, mode: str) -> None:
+    if mode == "CMYK" and "keep_rgb" in JPEGS[name]:
+        pytest.skip("Pillow writes no such file")
+    path = tmp_path / "image.jpg"
+    photograph().convert(mode).save(path, **JPEGS[name])
+    read = read_image(str(path))
+    assert read.dtype == torch.uint8
+    assert (read.int() - by_pillow(path).int()).abs().max() <= 2
+
+
+def test_jpegs_are_decoded_natively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others by Pillow: grey, colour, CMYK; and where torchvision is built without."""
+    decoded: list[str] = []
+    pillow = folders._rgb
+    monkeypatch.setattr(folders, "_rgb", lambda image: decoded.append(image.mode) or pillow(image))
+    for i, mode in enumerate(["RGB", "L", "CMYK"]):
+        photograph().convert(mode).save(tmp_path / f"{i}.jpg")
+        read_image(str(tmp_path / f"{i}.jpg"))
+    assert decoded == ["CMYK"]
+    monkeypatch.setattr(folders.torch.ops, "image", object())
+    assert torch.equal(read_image(str(tmp_path / "0.jpg")), by_pillow(tmp_path / "0.jpg"))
+    assert decoded == ["CMYK", "RGB"]
+
+
+PNGS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "colour": lambda image: image,
+    "grey": lambda image: image.convert("L"),
+    "black and white": lambda image: image.convert("1"),
+    "transparent": lambda image: image.convert("RGBA"),
+    "grey, transparent": lambda image: image.convert("LA"),
+    "palette": lambda image: image.quantize(200),
+    "palette of 4 bits": lambda image: image.quantize(9),
+    "16 bits": lambda image: Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 251),
+}
+
+
+@pytest.mark.parametrize("name", PNGS)
+@pytest.mark.parametrize("transparency", [None, 3])
+def test_pngs_are_pillows(tmp_path: Path, name: str, transparency: int | None) -> None:
+    image = PNGS[name](photograph())
+    if image.mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    clear = {} if transparency is None or image.mode not in ("P", "L") else {"transparency": transparency}
+    image.save(tmp_path / "image.png", **clear)
+    read = read_image(str(tmp_path / "image.png"))
+    assert (read.int() - by_pillow(tmp_path / "image.png").int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("written", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
+def test_the_content_says_what_a_file_is(tmp_path: Path, written: str, suffix: str) -> None:
+    path = tmp_path / f"image{suffix}"
+    photograph().save(path, format=written)
+    assert (read_image(str(path)).int() - by_pillow(path).int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("options", [{"format": "JPEG"}, {"format": "JPEG", "progressive": True}, {"format": "PNG"}])
+def test_a_cut_file_is_read_where_pillow_reads_it(tmp_path: Path, options: dict[str, object]) -> None:
+    """Wherever it is cut: an error where there is one, and the same one."""
+    photograph(24, 24).save(tmp_path / "whole", **options)
+    content, path, failed = (tmp_path / "whole").read_bytes(), tmp_path / "cut", 0
+    for length in [*range(0, len(content), 7), len(content) - 1]:
+        path.write_bytes(content[:length])
+        try:
+            expected = by_pillow(path)
+        except Exception as error:  # of many kinds
+            with pytest.raises(type(error)) as raised:
+                read_image(str(path))
+            assert str(raised.value) == str(error)
+            failed += 1
+        else:
+            assert (read_image(str(path)).int() - expected.int()).abs().max() <= 2
+    assert failed > 50
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_a_damaged_jpeg_is_read_where_pillow_reads_it(tmp_path: Path, options: dict[str, object]) -> None:
+    photograph(24, 24).save(tmp_path / "whole.jpg", **options)
+    content, path = (tmp_path / "whole.jpg").read_bytes(), tmp_path / "damaged.jpg"
+    generator, outcomes = np.random.default_rng(1), set()
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in generator.integers(2, len(content), 3):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged)
+        try:
+            expected = by_pillow(path)
+        except Exception as error:  # of many kinds
+            with pytest.raises(type(error)):
+                read_image(str(path))
+            outcomes.add("refused")
+        else:
+            read = read_image(str(path))
+            assert read.shape == expected.shape
+            assert (read.int() - expected.int()).abs().max() <= 2
+            outcomes.add("read")
+    assert outcomes == {"refused", "read"}
+
+
+@pytest.mark.parametrize("place", range(-30, -1, 3))
+def test_a_damaged_png_does_not_end_the_process(tmp_path: Path, place: int) -> None:
+    """torchvision's decoder of PNG does end it."""
+    photograph(24, 24).save(tmp_path / "image.png")
+    content = bytearray((tmp_path / "image.png").read_bytes())
+    content[place] ^= 255
+    (tmp_path / "image.png").write_bytes(content)
+    try:
+        expected = by_pillow(tmp_path / "image.png")
+    except Exception as error:  # of many kinds
+        with pytest.raises(type(error)):
+            read_image(str(tmp_path / "image.png"))
+    else:
+        assert torch.equal(read_image(str(tmp_path / "image.png")), expected)
+
+
+def test_no_file_and_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_image(str(tmp_path / "none.jpg"))
+    photograph().save(tmp_path / "large.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Image.DecompressionBombError):
+        read_image(str(tmp_path / "large.jpg"))
 
 
 def test_float_pixels_are_refused(tmp_path: Path) -> None:
