@@ -305,8 +305,11 @@ def _free_memory() -> list[int]:
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # no limit is the word max
-            free.append(int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text()))
+        with contextlib.suppress(OSError, ValueError, StopIteration):  # no limit is the word max
+            left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
+            lines = Path(folder, "memory.stat").read_text().splitlines()
+            # pages of files that were read count as used, but make room when it is needed
+            free.append(left + int(next(line for line in lines if line.startswith("inactive_file ")).split()[1]))
     return free
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -317,9 +318,8 @@ def test_a_cut_file_is_read_where_pillow_reads_it(tmp_path: Path, options: dict[
         try:
             expected = by_pillow(path)
         except Exception as error:  # of many kinds
-            with pytest.raises(type(error)) as raised:
+            with pytest.raises(type(error), match=re.escape(str(error))):
                 read_image(str(path))
-            assert str(raised.value) == str(error)
             failed += 1
         else:
             assert (read_image(str(path)).int() - expected.int()).abs().max() <= 2
