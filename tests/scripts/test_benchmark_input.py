@@ -15,7 +15,20 @@ def test_quick_run(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("sklearn")
     paths = {name: tmp_path / name for name in ("json", "markdown")}
     arguments = [f"--{name}={path}" for name, path in paths.items()]
-    small = "--repeats 1 --images 8 --files 8 --batch_size 4 --image_size 32 --workers 0".split()
+    small = [
+        "--repeats",
+        "1",
+        "--images",
+        "8",
+        "--files",
+        "8",
+        "--batch_size",
+        "4",
+        "--image_size",
+        "32",
+        "--workers",
+        "0",
+    ]
     assert benchmark_input.main([*small, *arguments]) == 0
     results = json.loads(paths["json"].read_text())
     rows = {
