@@ -224,7 +224,7 @@ def print_memory(loss: str, form: str, n: int, width: int) -> None:
 
 
 def high_water(reset: bool = False) -> float:
-    """Most MiB that the process has held, where Linux can forget what was before (importing holds more than is left)."""
+    """Most MiB that the process has held. On Linux it can be reset: importing has held more than is left."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
