@@ -230,3 +230,10 @@ def test_each_pair_of_blocks_once_and_one_exponential(monkeypatch: pytest.Monkey
     assert sum("aten.exp" in name for name in watch.operations) == 15
     # a Gram matrix of each, its product with the columns' features, and above the diagonal with the rows'
     assert sum("addmm" in name for name in watch.operations) == 15 + 15 + 10
+    # and nothing for a gradient that nobody asks for
+    with Watch() as watch:
+        unbiased_mmd(samples(9), samples(6))
+    assert sum("addmm" in name for name in watch.operations) == 15
+    with Watch() as watch, torch.no_grad():
+        unbiased_mmd(samples(9).requires_grad_(), samples(6))
+    assert sum("addmm" in name for name in watch.operations) == 15
