@@ -64,8 +64,11 @@ def mean_squared_distance(source: Tensor, target: Tensor) -> Tensor:
     >>> mean_squared_distance(torch.tensor([[0.0]]), torch.tensor([[2.0]]))  # of 0, 4, 4, 0
     tensor(2.)
     """
-    joint = torch.cat([source, target]).detach()
-    return 2.0 * joint.var(dim=0, correction=0).sum()
+    source, target = source.detach(), target.detach()
+    centre = joint_mean(source, target)
+    # not by `var`, which takes several times as long over the first dimension
+    squares = (source - centre).square().sum() + (target - centre).square().sum()
+    return 2.0 * squares / (len(source) + len(target))
 
 
 @full_precision
