@@ -220,9 +220,7 @@ def _unbiased(layers: Sequence[_Layer]) -> Tensor:
 
 
 def _by_blocks(layers: Sequence[_Layer]) -> bool:
-    if any(
-        layer.bandwidth.requires_grad for layer in layers
-    ):  # the blocks have no gradient for a bandwidth that learns
+    if any(layer.bandwidth.requires_grad for layer in layers):  # for a bandwidth that learns the blocks have none
         return False
     samples = len(layers[0].source) + len(layers[0].target)
     return not torch.compiler.is_compiling() or samples > LARGEST_IN_GRAPH
