@@ -24,7 +24,7 @@ from framework.functional.mmd import MMDEstimator, biased_mmd, joint_mmd, linear
 from framework.functional.multilinear import multilinear_map, randomized_multilinear_map
 from framework.functional.nt_xent import nt_xent
 from framework.functional.optimal_transport import check_transport_package, exact_coupling, sinkhorn_coupling
-from framework.functional.precision import full_precision, full_precision_matmul
+from framework.functional.precision import full_precision, full_precision_gram, full_precision_matmul
 from framework.functional.probes import linear_probe, nearest_neighbour_scores
 from framework.functional.rotation import quarter_turns
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, reversal_coefficient, step_decay
@@ -70,6 +70,7 @@ __all__ = [
     "distillation_loss",
     "exact_coupling",
     "full_precision",
+    "full_precision_gram",
     "full_precision_matmul",
     "gaussian_kernel_sum",
     "h_score",

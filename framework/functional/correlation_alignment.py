@@ -6,7 +6,7 @@ from torch import Tensor
 
 from framework.errors import ConfigurationError
 from framework.functional.kernels import check_features
-from framework.functional.precision import full_precision, full_precision_matmul
+from framework.functional.precision import full_precision, full_precision_gram, full_precision_matmul
 
 
 @full_precision
@@ -40,17 +40,16 @@ def coral(source: Tensor, target: Tensor, mean_weight: float = 0.0) -> Tensor:
     (n, width), m = source.shape, len(target)
     source_mean, target_mean = source.mean(0), target.mean(0)
     x, y = (source - source_mean) / (n - 1) ** 0.5, (target - target_mean) / (m - 1) ** 0.5
-    if n * n + m * m + n * m < (n + m) * width:  # multiplications of the two forms over the width
-        squared = _squared_norm(x, x.T) + _squared_norm(y, y.T) - 2.0 * _squared_norm(x, y.T)
+    # multiplications of the two forms over the width, there and back: a Gram matrix costs as much again in the backward
+    # pass, the product of the domains twice as much
+    if 2 * n * n + 2 * m * m + 3 * n * m < 2 * (n + m) * width:
+        within = full_precision_gram(x).square().sum() + full_precision_gram(y).square().sum()
+        squared = within - 2.0 * full_precision_matmul(x, y.T).square().sum()
         # equal covariances may come out a little below 0: correct the value only, not the gradient
         squared = squared - squared.detach().clamp(max=0.0)
     else:
-        squared = (full_precision_matmul(x.T, x) - full_precision_matmul(y.T, y)).square().sum()
+        squared = (full_precision_gram(x.T) - full_precision_gram(y.T)).square().sum()
     loss = squared / (4.0 * width**2)
     if mean_weight > 0.0:
         loss = loss + mean_weight * (source_mean - target_mean).square().mean()
     return loss
-
-
-def _squared_norm(x: Tensor, y: Tensor) -> Tensor:
-    return full_precision_matmul(x, y).square().sum()

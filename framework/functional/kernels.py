@@ -14,6 +14,7 @@ from framework.functional.precision import full_precision, full_precision_matmul
 
 # 2^-3 .. 2^1 times the mean squared distance: the five kernels of the published codes of DAN and JAN
 FIVE_SCALES = (0.125, 0.25, 0.5, 1.0, 2.0)
+MOST_SQUARINGS = 4
 
 
 @full_precision
@@ -37,7 +38,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     tensor([[25.,  0.]])
     """
     check_features(x, y, names=("x", "y"))
-    centre = _joint_mean(x, y)
+    centre = joint_mean(x, y)
     x, y = x - centre, y - centre
     squared = x.square().sum(1)[:, None] + y.square().sum(1)[None, :] - 2.0 * full_precision_matmul(x, y.T)
     # rounding may leave near duplicates a little below 0: correct the value only, since a clamp would also cut off
@@ -63,16 +64,19 @@ def mean_squared_distance(source: Tensor, target: Tensor) -> Tensor:
     >>> mean_squared_distance(torch.tensor([[0.0]]), torch.tensor([[2.0]]))  # of 0, 4, 4, 0
     tensor(2.)
     """
-    joint = torch.cat([source, target]).detach()
-    return 2.0 * joint.var(dim=0, correction=0).sum()
+    source, target = source.detach(), target.detach()
+    centre = joint_mean(source, target)
+    # not by `var`, which takes several times as long over the first dimension
+    squares = (source - centre).square().sum() + (target - centre).square().sum()
+    return 2.0 * squares / (len(source) + len(target))
 
 
 @full_precision
 def gaussian_kernel_sum(squared_distances: Tensor, scales: Sequence[float], bandwidth: Tensor) -> Tensor:
     """``sum over u of exp(-d^2 / (2 * scales[u] * bandwidth))`` (Long et al. 2015, sec. 3.1, with equal weights).
 
-    Where the scales are consecutive powers of two times any number, each kernel is the square of the next wider one:
-    one exponential serves them all.
+    Where a scale is a power of two times the next narrower one, the narrower kernel is a repeated square of the wider
+    one: one exponential serves the five usual ones.
 
     Args:
         squared_distances: ``d^2``, any shape.
@@ -89,18 +93,42 @@ def gaussian_kernel_sum(squared_distances: Tensor, scales: Sequence[float], band
     >>> gaussian_kernel_sum(torch.tensor([0.0, 4.0]), scales=(1.0, 2.0), bandwidth=torch.tensor(2.0))
     tensor([2.0000, 0.9744])
     """
+    steps = kernel_steps(scales)
+    # equal features have no distance to scale by; 0 / floor is 0, and the gradient stays finite
+    exponent = -squared_distances / (2.0 * bandwidth.clamp(min=1e-30))
+    kernel = total = torch.exp(exponent / steps[0][0])
+    for scale, squarings in steps[1:]:
+        if squarings is None:
+            kernel = torch.exp(exponent / scale)
+        for _ in range(squarings or 0):
+            kernel = kernel.square()
+        total = total + kernel
+    return total
+
+
+def kernel_steps(scales: Sequence[float]) -> list[tuple[float, int | None]]:
+    """The scales, widest first, each with the squarings that make its kernel of the one before, or None for an ``exp``.
+
+    Each squaring doubles the relative error, so there are at most four from one exponential on.
+
+    Raises:
+        ConfigurationError: no scales, or one that is not positive.
+
+    >>> kernel_steps((0.5, 2.0, 1.5, 6.0))
+    [(6.0, None), (2.0, None), (1.5, None), (0.5, None)]
+    >>> kernel_steps((0.5, 2.0, 2.0))
+    [(2.0, None), (2.0, 0), (0.5, 2)]
+    """
     if not scales or not all(scale > 0.0 and math.isfinite(scale) for scale in scales):
         raise ConfigurationError(f"Expected `scales` to be positive numbers, but got {list(scales)}.")
     widest_first = sorted(scales, reverse=True)
-    # equal features have no distance to scale by; 0 / floor is 0, and the gradient stays finite
-    exponent = -squared_distances / (2.0 * bandwidth.clamp(min=1e-30))
-    if any(wider != 2.0 * narrower for wider, narrower in pairwise(widest_first)):
-        return torch.stack([torch.exp(exponent / scale) for scale in widest_first]).sum(0)
-    kernel = total = torch.exp(exponent / widest_first[0])
-    for _ in widest_first[1:]:
-        kernel = kernel.square()
-        total = total + kernel
-    return total
+    steps: list[tuple[float, int | None]] = [(widest_first[0], None)]
+    left = MOST_SQUARINGS
+    for wider, narrower in pairwise(widest_first):
+        fitting = [count for count in range(left + 1) if wider == 2.0**count * narrower]
+        left = left - fitting[0] if fitting else MOST_SQUARINGS
+        steps.append((narrower, fitting[0] if fitting else None))
+    return steps
 
 
 def check_features(
@@ -120,7 +148,7 @@ def check_features(
         )
 
 
-def _joint_mean(x: Tensor, y: Tensor) -> Tensor:
+def joint_mean(x: Tensor, y: Tensor) -> Tensor:
     """The mean of all rows, detached, since distances do not depend on it.
 
     Taken relative to the first row: exact where all rows are equal, so that their distances are 0 and not rounding.

@@ -8,6 +8,10 @@ By default the bandwidth is the mean squared distance over all pairs of the join
 symmetric in the samples, so the estimators that are unbiased for a fixed bandwidth keep a mean of 0 where the two
 distributions are equal. Equal features give 0, with a gradient of 0.
 
+The biased and the unbiased estimator go by symmetric blocks of the pairs (:mod:`framework.functional.blockwise_mmd`):
+value and gradient in one pass, in bounded memory. Only the first derivative exists. A graph of ``torch.compile`` breaks
+there, so up to ``LARGEST_IN_GRAPH`` samples of both domains together it gets all pairs at once.
+
 The joint discrepancy of several layers (Long et al. 2017) has the product of the layers' kernels in place of ``k``.
 """
 
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import ConfigurationError
+from framework.functional.blockwise_mmd import Pairs, blockwise_discrepancy
 from framework.functional.kernels import (
     FIVE_SCALES,
     check_features,
@@ -31,6 +36,9 @@ from framework.functional.kernels import (
 from framework.functional.precision import full_precision
 
 MMDEstimator = Literal["biased", "unbiased", "linear_time"]
+# samples of both domains together up to which `torch.compile` gets all pairs at once, which make one graph; uncompiled,
+# the blocks are faster from the smallest batch on
+LARGEST_IN_GRAPH = 256
 
 
 @full_precision
@@ -194,13 +202,36 @@ def _checked(
 
 
 def _biased(layers: Sequence[_Layer]) -> Tensor:
+    n, m = len(layers[0].source), len(layers[0].target)
+    if _by_blocks(layers):
+        # the pairs of a sample with itself, which the blocks leave out, have a kernel of 1 in each scale
+        themselves = math.prod(len(layer.scales) for layer in layers) * (1.0 / n + 1.0 / m)
+        return _blockwise(layers, Pairs(1.0 / n**2, 1.0 / m**2, -1.0 / (n * m))) + themselves
     within_source, within_target, between = _kernels(layers)
     return within_source.mean() + within_target.mean() - 2.0 * between.mean()
 
 
 def _unbiased(layers: Sequence[_Layer]) -> Tensor:
+    n, m = len(layers[0].source), len(layers[0].target)
+    if _by_blocks(layers):
+        return _blockwise(layers, Pairs(1.0 / (n * (n - 1)), 1.0 / (m * (m - 1)), -1.0 / (n * m)))
     within_source, within_target, between = _kernels(layers)
     return _mean_of_distinct(within_source) + _mean_of_distinct(within_target) - 2.0 * between.mean()
+
+
+def _by_blocks(layers: Sequence[_Layer]) -> bool:
+    if any(layer.bandwidth.requires_grad for layer in layers):  # for a bandwidth that learns the blocks have none
+        return False
+    samples = len(layers[0].source) + len(layers[0].target)
+    return not torch.compiler.is_compiling() or samples > LARGEST_IN_GRAPH
+
+
+def _blockwise(layers: Sequence[_Layer], weights: Pairs) -> Tensor:
+    features = [(layer.source, layer.target) for layer in layers]
+    value: Tensor = blockwise_discrepancy(
+        features, [layer.scales for layer in layers], [layer.bandwidth for layer in layers], weights
+    )
+    return value
 
 
 def _linear_time(layers: Sequence[_Layer]) -> Tensor:

@@ -129,15 +129,20 @@ class BackboneModule(L.LightningModule):
         command = self.trainer.state.fn
         if command is not None:
             check_compatible(type(self), type(data), command.value)
-        views = getattr(data, "views", None)  # loaders of the user's own do not say
-        if views is not None and views not in self.views and command in ("fit", "validate"):
+        if command == "fit":
+            self.check_views()
+        image_size = getattr(data, "image_size", None)
+        if image_size is not None and command == "fit":
+            check_image_size(self.backbone, str(self.hparams.get("backbone")), image_size)
+
+    def check_views(self) -> None:
+        """Refuse another number of views of an image than the module takes."""
+        views = getattr(self.trainer.datamodule, "views", None)  # type: ignore[attr-defined]
+        if views is not None and views not in self.views:  # loaders of the user's own do not say
             raise ConfigurationError(
                 f"Expected `--data.views` to be {' or '.join(map(str, self.views))}, on which {type(self).__name__} "
                 f"trains, but got {views}."
             )
-        image_size = getattr(data, "image_size", None)
-        if image_size is not None and command == "fit":
-            check_image_size(self.backbone, str(self.hparams.get("backbone")), image_size)
 
     def on_fit_start(self) -> None:
         """Say once what the run started from, now that all parts are built; not where it goes on from another."""

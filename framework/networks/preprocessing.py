@@ -74,7 +74,7 @@ def check_image_size(backbone: nn.Module, name: str, image_size: int) -> None:
         return  # nothing can be computed here
     own = getattr(backbone, "preprocessing", Preprocessing()).image_size
     try:
-        features = _features_of_black(backbone, image_size, parameter)
+        features = features_of_black(backbone, image_size, parameter)
     except Exception as error:  # networks refuse sizes in many ways: assertions, errors of their layers
         reason = (str(error).splitlines() or [""])[0].rstrip(".!") or type(error).__name__
         if image_size != own and not _takes(backbone, own, parameter):
@@ -100,7 +100,8 @@ def check_image_size(backbone: nn.Module, name: str, image_size: int) -> None:
         )
 
 
-def _features_of_black(backbone: nn.Module, image_size: int, like: Tensor) -> Tensor:
+def features_of_black(backbone: nn.Module, image_size: int, like: Tensor) -> Tensor:
+    """The backbone's features of a black image, in evaluation mode; modes and random numbers stay as they were."""
     training = [(module, module.training) for module in backbone.modules()]
     try:
         for module, _ in training:
@@ -116,7 +117,7 @@ def _features_of_black(backbone: nn.Module, image_size: int, like: Tensor) -> Te
 
 def _takes(backbone: nn.Module, image_size: int, like: Tensor) -> bool:
     try:
-        _features_of_black(backbone, image_size, like)
+        features_of_black(backbone, image_size, like)
     except Exception:  # whatever it raises: it does not take this size
         return False
     return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from framework.errors import ConfigurationError
 from framework.networks.feature_maps import FeatureMaps, channel_dimension
-from framework.networks.preprocessing import Preprocessing, _features_of_black
+from framework.networks.preprocessing import Preprocessing, features_of_black
 from framework.networks.stages import split_stages
 
 TRIED_FIRST = 224  # a checkpoint may have changed the backbone's own size, and must build the same decoder again
@@ -116,7 +116,7 @@ def _stage_outputs(backbone: nn.Module, image_size: int) -> list[tuple[str, nn.M
 
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
-        _features_of_black(backbone, image_size, next(backbone.parameters()))
+        features_of_black(backbone, image_size, next(backbone.parameters()))
     except Exception:  # networks refuse sizes in many ways
         return []
     finally:

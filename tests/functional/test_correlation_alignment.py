@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from framework.errors import ConfigurationError
-from framework.functional import coral, correlation_alignment
+from framework.functional import coral
 
 WIDE, NARROW = (5, 7, 40), (30, 20, 6)  # samples of the two domains and width: Gram matrices, covariances
 
@@ -54,18 +57,51 @@ def test_the_two_forms_are_equal() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_few_wide_samples_make_no_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        (WIDE, [(5, 5), (7, 7), (5, 7)], [(5, 40), (7, 40), (5, 40), (40, 7)]),
+        (NARROW, [(6, 6), (6, 6)], [(6, 30), (6, 20)]),
+    ],
+)
+def test_the_products_are_the_fewer_ones(sizes: tuple[int, int, int], forward: Any, backward: Any) -> None:
+    """Few wide samples make no covariance, and what is symmetric has one product in its gradient."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            if "aten.mm" in str(function):
+                shapes.append(tuple(result.shape))
+            return result
+
+    shapes: list[tuple[int, ...]] = []
+    with Watch():
+        loss = coral(*(x.requires_grad_() for x in pair(sizes)))
+    assert shapes == forward
     shapes = []
-    product = correlation_alignment.full_precision_matmul
+    with Watch():
+        loss.backward()
+    assert sorted(shapes) == sorted(backward)
 
-    def watched(x: Tensor, y: Tensor) -> Tensor:
-        shapes.append(tuple(product(x, y).shape))
-        return product(x, y)
 
-    monkeypatch.setattr(correlation_alignment, "full_precision_matmul", watched)
-    for sizes in (WIDE, NARROW):
-        coral(*pair(sizes))
-    assert shapes == [(5, 5), (7, 7), (5, 7), (6, 6), (6, 6)]
+@pytest.mark.parametrize("sizes", [(32, 24, 300), (12, 12, 21), (12, 12, 20), (90, 150, 40)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_either_form_against_the_other_in_float64(
+    sizes: tuple[int, int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = [x.to(dtype).requires_grad_() for x in pair(sizes)]
+    loss = coral(*inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    n, m, width = sizes
+    x, y = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in exact)
+    if 2 * n * n + 2 * m * m + 3 * n * m < 2 * (n + m) * width:  # the samples' matrices are taken, here the covariances
+        squared = (x.T @ x - y.T @ y).square().sum()
+    else:
+        squared = (x @ x.T).square().sum() + (y @ y.T).square().sum() - 2 * (x @ y.T).square().sum()
+    expected = squared / (4 * width**2)
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for found, gradient in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, exact), strict=True):
+        assert (found.double() - gradient).abs().max() <= tolerance * gradient.abs().max()
 
 
 def test_tllibs_form_is_four_times_ours_with_a_mean_term() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework.functional import full_precision, full_precision_matmul
+from framework.functional import full_precision, full_precision_gram, full_precision_matmul
 from framework.networks.outputs import NetworkOutputs
 
 
@@ -102,10 +102,24 @@ def test_matmul_and_its_gradients() -> None:
     assert full_precision_matmul(x.bfloat16(), y.bfloat16()).dtype == torch.float32
 
 
+def test_gram_and_its_gradients() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(full_precision_gram(x), x @ x.T)
+    assert torch.autograd.gradcheck(full_precision_gram, x)
+    assert torch.autograd.gradcheck(lambda x: full_precision_gram(x.T), x)
+    assert torch.autograd.gradgradcheck(full_precision_gram, x)
+    assert full_precision_gram(x.bfloat16()).dtype == torch.float32
+
+
 def test_matmul_has_float32_gradients_when_compiled_under_autocast() -> None:
     @full_precision
     def by_ours(x: Tensor, y: Tensor) -> Tensor:
         return full_precision_matmul(x, y).square().sum()
+
+    @full_precision
+    def by_our_gram(x: Tensor, y: Tensor) -> Tensor:
+        joint = torch.cat([x, y.T])  # the block above the diagonal is the product
+        return full_precision_gram(joint)[: len(x), len(x) :].square().sum()
 
     @full_precision
     def by_torch(x: Tensor, y: Tensor) -> Tensor:
@@ -124,5 +138,6 @@ def test_matmul_has_float32_gradients_when_compiled_under_autocast() -> None:
         return max((a - b).abs().max().item() for a, b in zip(gradients, expected, strict=True))
 
     assert off_by(by_ours) < 1e-5
+    assert off_by(by_our_gram) < 1e-5
     # once torch computes the backward pass as it would uncompiled, full_precision_matmul can go
     assert off_by(by_torch) > 1e-2

@@ -89,8 +89,10 @@ class PretrainingModule(BackboneModule):
         super().__init__(backbone_learning_rate_factor=backbone_learning_rate_factor, **options)
 
     def prepare_data(self) -> None:
-        """Refuse images that do not suit the task, too."""
+        """Refuse images that do not suit the task, too; its validation has as many views as training."""
         super().prepare_data()
+        if self.trainer.state.fn == "validate":
+            self.check_views()
         image_size = getattr(self.trainer.datamodule, "image_size", None)  # type: ignore[attr-defined]
         if image_size is not None and self.trainer.state.fn == "fit":
             with undisturbed(self):

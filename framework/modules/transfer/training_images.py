@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from framework.batch import LabelledBatch
 from framework.errors import ConfigurationError
+from framework.inspection import undisturbed
 
 
 @contextmanager
@@ -38,14 +38,8 @@ def evaluated_training_images(module: L.LightningModule) -> Iterator[Iterator[La
             "the method: a loader of LabelledBatch over all training images, without augmentation, each image once "
             "over all processes."
         )
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        with isolate_rng(), torch.no_grad():
-            module.eval()
-            yield (module.trainer.strategy.batch_to_device(batch, module.device) for batch in loader())
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with undisturbed(module):
+        yield (module.trainer.strategy.batch_to_device(batch, module.device) for batch in loader())
 
 
 def gathered_rows(module: L.LightningModule, rows: Tensor) -> Tensor:
