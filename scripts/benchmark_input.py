@@ -196,8 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.files < options.batch_size or options.images < options.batch_size:
         parser.error("Expected `--files` and `--images` to be at least `--batch_size`.")
-    logging.getLogger("framework").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"machine": machine(options), "kinds": {}}
     for kind, (size, suffix) in KINDS.items():
@@ -221,4 +219,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("framework").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
     sys.exit(main())
