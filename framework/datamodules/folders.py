@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,12 +240,10 @@ def read_image(path: str) -> Tensor:
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and hasattr(torch.ops.image, "decode_jpeg"):
             with open(path, "rb") as file:  # noqa: PTH123 (for each image)
                 content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            try:
+            with contextlib.suppress(RuntimeError):  # then Pillow says what is wrong with it, or can read it
                 # not through torchvision.io, which warns at every call that another package will follow it one day
                 pixels = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
                 return pixels
-            except RuntimeError:
-                pass  # Pillow says what is wrong with it, or can read it
         pixels = transforms.pil_to_tensor(_rgb(image))
     return pixels
 
