@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as L
+import torch
 from torch import Tensor
 
 
@@ -23,16 +24,29 @@ class RunningMeans:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    @staticmethod
+    def due(trainer: L.Trainer) -> bool:
+        """Whether a row will be written at the end of this optimizer step: what is costly is measured in such a step
+        alone."""
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return every != 0 and (_step(trainer) + 1) % every == 0
+
     def write(self, trainer: L.Trainer) -> dict[str, float]:
         """Write a row if one is due at this batch, and start the next means; returns the row, else nothing."""
-        loop = trainer.fit_loop.epoch_loop
-        step = loop._batches_that_stepped  # the loggers' own x-axis; it stands still while gradients accumulate
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or (step + 1) % every != 0 or loop._should_accumulate():
+        if not self.due(trainer) or trainer.fit_loop.epoch_loop._should_accumulate():
             return {}
-        row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        # brought to the host together: on an accelerator each reading waits for it
+        on_device = next((total for total in self._sums.values() if total.device.type != "cpu"), torch.empty(0))
+        totals = [total.detach().reshape(1).to(on_device.device) for total in self._sums.values()]
+        values = torch.cat(totals).tolist() if totals else []
+        row = {name: value / self._counts[name] for name, value in zip(self._sums, values, strict=True)}
         self._sums, self._counts = {}, {}
         if row:
             for logger in trainer.loggers:
-                logger.log_metrics(row, step)
+                logger.log_metrics(row, _step(trainer))
         return row
+
+
+def _step(trainer: L.Trainer) -> int:
+    """The loggers' own x-axis; it stands still while gradients accumulate."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

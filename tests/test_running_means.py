@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from framework import DANN, DomainPairDataModule, ImageFolderDataModule, ResidualClassifier, Trainer
@@ -73,7 +74,7 @@ def test_no_row_without_values() -> None:
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_rows_of_a_run(images: Callable[..., Path], tmp_path: Path, every: int) -> None:
-    """Every row's steps are those of Lightning's own rows."""
+    """A row every so many optimizer steps, with the loss, too."""
     images(tmp_path, ["a", "b"], count=12)
     data = ImageFolderDataModule(str(tmp_path), batch_size=2, steps_per_epoch=4, image_size=16, num_workers=0)
     logger = Rows()
@@ -86,7 +87,37 @@ def test_rows_of_a_run(images: Callable[..., Path], tmp_path: Path, every: int) 
         accelerator="cpu",
     ).fit(ResidualClassifier(2, backbone="resnet8", schedule="cosine"), data)
     ours = [step for step, row in logger.rows if "train/learning_rate/head" in row]
-    lightnings = [step for step, row in logger.rows if "train/loss" in row]
-    assert ours == lightnings == list(range(every - 1, 8, every))
+    losses = [step for step, row in logger.rows if "train/loss" in row]
+    assert ours == losses == list(range(every - 1, 8, every))
     rates = [row["train/learning_rate/head"] for _, row in logger.rows if "train/learning_rate/head" in row]
     assert rates[0] > rates[-1] > 0
+
+
+def test_the_loss_as_callbacks_and_progress_bar_see_it(images: Callable[..., Path], tmp_path: Path) -> None:
+    """Of the first, of every tenth and of an epoch's last batch; the loggers have the means of all."""
+    images(tmp_path, ["a", "b"], count=12)
+    data = ImageFolderDataModule(str(tmp_path), batch_size=2, steps_per_epoch=13, image_size=16, num_workers=0)
+    every: list[float] = []
+    shown: list[tuple[float, float]] = []
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            every.append(float(outputs["loss"]))
+            seen = [float(values["train/loss"]) for values in (trainer.callback_metrics, trainer.progress_bar_metrics)]
+            shown.append((seen[0], seen[1]))
+
+    logger = Rows()
+    trainer = Trainer(
+        max_epochs=1,
+        logger=logger,
+        callbacks=[Seen()],
+        log_every_n_steps=4,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+    )
+    trainer.fit(ResidualClassifier(2, backbone="resnet8"), data)
+    due = [0] * 10 + [10] * 2 + [12]
+    assert shown == [(pytest.approx(every[i]), pytest.approx(every[i])) for i in due]
+    means = [row["train/loss"] for _, row in logger.rows if "train/loss" in row]
+    assert means == pytest.approx([sum(every[i : i + 4]) / 4 for i in (0, 4, 8)])

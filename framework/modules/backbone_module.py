@@ -26,6 +26,7 @@ from framework.running_means import RunningMeans
 from framework.seeding import global_seed
 
 Module = TypeVar("Module", bound=nn.Module)
+SHOW_LOSS_EVERY = 10  # batches, as the Trainer's progress bar
 
 
 class BackboneModule(L.LightningModule):
@@ -152,9 +153,18 @@ class BackboneModule(L.LightningModule):
 
     # ------------------------------------------------------------------ training
     def logged_loss(self, loss: Tensor, **terms: Tensor) -> Tensor:
-        """``loss``, after logging it and the named terms that it is made of under ``train/``."""
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self._means.add({f"train/{name}": term.detach() for name, term in terms.items()})
+        """``loss``, after logging it and the named terms that it is made of under ``train/``.
+
+        The loggers get running means. The progress bar and ``trainer.callback_metrics`` get the loss of the first, of
+        every tenth, and of an epoch's last batch: a call of ``log`` costs as much as all else that Lightning does in a
+        step.
+        """
+        self._means.add(
+            {"train/loss": loss.detach()} | {f"train/{name}": term.detach() for name, term in terms.items()}
+        )
+        trainer = self._trainer  # None where a step is taken by hand
+        if trainer and (batches_processed(trainer) % SHOW_LOSS_EVERY == 0 or trainer.is_last_batch):
+            self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -188,9 +198,7 @@ class BackboneModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each part and the learning rate of each group, every ``log_every_n_steps``."""
-        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every == 0 or (step + 1) % every != 0:
+        if not self._means.due(self.trainer):
             return
         for group in optimizer.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]

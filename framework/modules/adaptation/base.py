@@ -195,7 +195,8 @@ class DomainAdaptation(ImageClassifier):
         )
 
     def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: DomainBatch) -> Tensor:
-        """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features."""
+        """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features,
+        every ``log_every_n_steps``."""
         labels = batch.source.labels
         domains = torch.zeros_like(labels) + batch.source.domains  # 0 where it is not said
         source = self.gathered(source._replace(labels=labels, domains=domains))._replace(images=batch.source.images)
@@ -205,6 +206,8 @@ class DomainAdaptation(ImageClassifier):
         return loss
 
     def _observed(self, outputs: NetworkOutputs, domain: Domain) -> NetworkOutputs:
+        if not self._means.due(self.trainer):
+            return outputs
         # views, whose gradients are the alignment's alone: behind a gradient reversal, what comes through it
         views = {}
         for part in ("features", "logits"):

@@ -236,4 +236,4 @@ def test_gradient_norms_of_the_alignment_alone(domains: Path) -> None:
             assert kept == pytest.approx(named, rel=1e-3)
 
     L.seed_everything(0, verbose=False)
-    trainer(callbacks=[Norms()], max_steps=1).fit(DAN(3, trade_off=0.7, **OPTIONS), data(domains))
+    trainer(callbacks=[Norms()], max_steps=1, log_every_n_steps=1).fit(DAN(3, trade_off=0.7, **OPTIONS), data(domains))
