@@ -302,6 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0 to SEEDS - 1")
     parser.add_argument("--epochs", type=int, help="epochs of each run; default: what the data's file says")
+    parser.add_argument("--precision", help="of the Trainer, such as bf16-mixed; default: what the data's file says")
     parser.add_argument("--experiment", default="comparison", help="folder below lightning_logs")
     return parser
 
@@ -337,7 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
         baseline = options.baseline or BASELINES[kind]
         if baseline not in methods:
             raise ConfigurationError(f"Expected `--baseline` to be among `--methods`, but got {baseline!r}.")
-        trainer = {"max_epochs": options.epochs} if options.epochs else {}
+        given = {"max_epochs": options.epochs, "precision": options.precision}
+        trainer = {name: value for name, value in given.items() if value}
         # seed by seed, so that an interrupted comparison has all methods with few seeds and not the reverse
         cells = [
             compose(method, pair, seed, trainer, labels)

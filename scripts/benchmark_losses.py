@@ -20,10 +20,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import high_water, in_own_process, in_words, machine, milliseconds, synchronize, table
 from torch import Tensor
 
 from framework.functional import FIVE_SCALES, coral, joint_mmd, unbiased_mmd
@@ -167,12 +164,6 @@ def run(form: Form, leaves: list[Tensor]) -> tuple[float, float]:
     return time.perf_counter() - start, value.item()
 
 
-def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def time_all(forms: dict[str, Form], leaves: list[Tensor], repeats: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median, quartiles and value of each form; the forms take turns.
 
@@ -186,25 +177,14 @@ def time_all(forms: dict[str, Form], leaves: list[Tensor], repeats: int, seconds
             break
         for name, form in forms.items():
             times[name].append(run(form, leaves)[0])
-    result = {}
-    for name, of_form in times.items():
-        ordered = sorted(of_form)
-        result[name] = {
-            "ms": 1e3 * statistics.median(ordered),
-            "quartiles_ms": [1e3 * ordered[len(ordered) // 4], 1e3 * ordered[-1 - len(ordered) // 4]],
-            "repeats": len(ordered),
-            "value": values[name],
-        }
-    return result
+    return {name: {**milliseconds(of_form), "value": values[name]} for name, of_form in times.items()}
 
 
 def peak_memory(loss: str, form: str, n: int, width: int) -> float | None:
     """MiB above the features, in a process of its own; None where that failed, as without memory."""
-    command = [sys.executable, __file__, "--memory_of", loss, form, str(n), str(width)]
-    path = os.pathsep.join([entry for entry in sys.path if entry])
-    environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    arguments = ["--memory_of", loss, form, str(n), str(width)]
+    printed = in_own_process(__file__, arguments, {"MALLOC_MMAP_THRESHOLD_": "65536"})  # freed memory goes back
+    return None if printed is None else float(printed)
 
 
 def print_memory(loss: str, form: str, n: int, width: int) -> None:
@@ -223,17 +203,6 @@ def print_memory(loss: str, form: str, n: int, width: int) -> None:
     print(high_water() - before)
 
 
-def high_water(reset: bool = False) -> float:
-    """Most MiB that the process has held. On Linux it can be reset: importing has held more than is left."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    (line,) = (line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 2**10
-
-
 def fits(n: int) -> bool:
     """Whether some 16 matrices of all pairs of the joint sample would leave half of the free memory."""
     needed = 16 * (2 * n) ** 2 * 4
@@ -245,38 +214,22 @@ def fits(n: int) -> bool:
 # ---------------------------------------------------------------- output
 def markdown(result: dict[str, Any]) -> str:
     """The tables: a row for each form and size."""
-    machine = result["machine"]
-    lines = [f"{machine['device']}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}", ""]
-    lines += [
-        "| loss | n | d | form | ms | quartiles | ratio | peak, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for row in result["rows"]:
         low, high = row["quartiles_ms"]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
         peak = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        cells = [row["loss"], row["n"], row["d"], row["form"], f"{row['ms']:.2f}", f"{low:.2f}-{high:.2f}", ratio, peak]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        times = [f"{row['ms']:.2f}", f"{low:.2f}-{high:.2f}"]
+        rows.append([row["loss"], row["n"], row["d"], row["form"], *times, ratio, peak])
     floors = "; ".join(
         f"{loss}: {next(iter(LOSSES[loss].forms))}" for loss in sorted({r["loss"] for r in result["rows"]})
     )
-    lines += ["", f"Ratios to the floor of the same loss and size ({floors}); n samples of each domain."]
+    columns = ["loss", "n", "d", "form", "ms", "quartiles", "ratio", "peak, MiB"]
+    lines = [in_words(result["machine"]), "", table(columns, rows)]
+    lines += [f"Ratios to the floor of the same loss and size ({floors}); n samples of each domain."]
     lines += [NOTES[form] for form in NOTES if any(row["form"] == form for row in result["rows"])]
     lines += [f"Left out for want of memory: {text}." for text in result["left_out"]]
     return "\n".join(lines) + "\n"
-
-
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    names = ("torch", "pytorch-adapt", "geomloss", "POT")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": f"{where} ({platform.processor() or platform.machine()})", "versions": versions}
 
 
 def measure(name: str, n: int, width: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
@@ -320,7 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that measure memory
-    result: dict[str, Any] = {"machine": machine(), "rows": [], "left_out": []}
+    result: dict[str, Any] = {
+        "machine": machine("torch", "pytorch-adapt", "geomloss", "POT"),
+        "rows": [],
+        "left_out": [],
+    }
     for name in options.losses:
         for n in options.sizes or LOSSES[name].sizes:
             for width in [options.width] if options.width else LOSSES[name].widths:

@@ -1,0 +1,49 @@
+"""scripts/benchmark_step.py at a size that takes no time: its tables, and that a hand-written loop of another loss ends
+it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import benchmark_step
+import hand_written
+import pytest
+from benchmark_step import BARE, HAND, TRAINER, TWO
+
+QUICK = ["--backbone", "resnet8", "--image_size", "8", "--batch_size", "4", "--steps", "4", "--warm_up", "1"]
+
+
+def test_steps_and_overhead(tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "step.json"), "--markdown", str(tmp_path / "step.md")]
+    more = ["--methods", "dann", "dan", "cdan", "mcc", "bnm", "--overhead_steps", "20", "--no_memory"]
+    assert benchmark_step.main([*QUICK, *more, *files]) == 0
+    result, text = json.loads((tmp_path / "step.json").read_text()), (tmp_path / "step.md").read_text()
+    forms: dict[str, dict[str, Any]] = {}
+    for row in result["steps"]:
+        forms.setdefault(row["method"], {})[row["form"]] = row
+        assert f"| {row['method']} | {row['form']} | {row['ms']:.1f} |" in text
+    assert set(forms["dann"]) == {TRAINER, BARE, HAND, TWO}
+    assert set(forms["cdan"]) == set(forms["mcc"]) == set(forms["dan"]) == {TRAINER, BARE, HAND}
+    assert set(forms["bnm"]) == {TRAINER, BARE}  # nobody has written its loop
+    for rows in forms.values():
+        assert rows[BARE]["of_bare"] == 1
+        assert rows[TRAINER]["of_bare"] == pytest.approx(rows[TRAINER]["ms"] / rows[BARE]["ms"])
+        assert rows[TRAINER]["repeats"] == 4
+    assert {row["module"] for row in result["overhead"]} == {"ImageClassifier", "SourceOnly", "DANN"}
+
+
+@pytest.mark.parametrize("method", ["dann", "dan", "cdan", "mcc"])
+def test_a_loop_of_another_loss_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hand_written.ALIGNMENTS, method, lambda *inputs: 1.1 * hand_written.source_only(*inputs) + 0.01)
+    with pytest.raises(AssertionError, match="not close"):
+        benchmark_step.main([*QUICK, "--parts", "steps", "--methods", method, "--no_memory"])
+
+
+@pytest.mark.slow
+def test_memory_in_a_process_of_its_own() -> None:
+    """ResNet-18 has 11 million parameters: with gradients and momentum 128 MiB."""
+    options = benchmark_step.common_options(None).parse_args(["--image_size", "16", "--batch_size", "2"])
+    for form in (HAND, TRAINER):
+        assert 128 < (benchmark_step.peak_memory("dann", form, options) or 0) < 400
