@@ -44,7 +44,9 @@ from framework.networks import Preprocessing
 
 METHODS = Path(__file__).resolve().parents[1] / "experiments" / "methods"
 TRAINER, HAND, TWO, BARE = "this project's Trainer", "hand-written", "hand-written, two forwards", "bare step"
-OPTIONS = {"dan": {"estimator": "unbiased"}}  # of the methods, beside their files: what all pairs of a batch cost
+OPTIONS = {  # of the methods, beside their files: all pairs of a batch, and no dropout, so that losses can be compared
+    "dan": {"estimator": "unbiased", "bottleneck_dropout": 0.0}
+}
 Step = Callable[[DomainBatch], Tensor]
 
 
