@@ -204,11 +204,15 @@ def print_memory(loss: str, form: str, n: int, width: int) -> None:
 
 
 def fits(n: int) -> bool:
-    """Whether some 16 matrices of all pairs of the joint sample would leave half of the free memory."""
-    needed = 16 * (2 * n) ** 2 * 4
+    """Whether the dozen matrices of all pairs of the joint sample that autograd keeps would fit into free memory."""
+    needed = 12 * (2 * n) ** 2 * 4
     if DEVICE.type == "cuda":
-        return needed < torch.cuda.mem_get_info()[0] / 2
-    return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") or n <= 256
+        return needed < torch.cuda.mem_get_info()[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if Path("/proc/meminfo").exists():  # what files in memory take can be had, too
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    return needed < free or n <= 256
 
 
 # ---------------------------------------------------------------- output
