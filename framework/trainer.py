@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from framework.allocator import KeepMemory
 from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, PretextImages, SampleImages
 from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from framework.errors import ConfigurationError
@@ -30,6 +31,9 @@ class Trainer(L.Trainer):
         logger: a logger, loggers, or False for none; default: the two above.
         callbacks: callbacks to add; a ``ModelCheckpoint`` among them does not replace ``last`` and ``best``.
         enable_checkpointing: False for no checkpoints.
+        keep_memory: on a CPU, a ``fit`` keeps memory once taken instead of giving it back to the system after every
+            step, which costs a sixth to a quarter of the step (:func:`~framework.allocator.keep_freed_memory`). The
+            process then stays as large as its largest step to its end.
         limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: batches an epoch as a whole
             number, or a share of them as a fraction (``1`` is one batch, ``1.0`` all).
         options: those of ``lightning.pytorch.Trainer``.
@@ -47,6 +51,7 @@ class Trainer(L.Trainer):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = False,
         num_sanity_val_steps: int | None = 0,
+        keep_memory: bool = True,
         # here for the command line: in Lightning's signature the float comes first, and 1 would become 1.0, all batches
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
@@ -59,7 +64,7 @@ class Trainer(L.Trainer):
         if logger is None or logger is True:
             root = Path(options.get("default_root_dir") or ".") / "lightning_logs"
             logger = _loggers(root, experiment, run) if not dry else None
-        added: list[Callback] = []
+        added: list[Callback] = [KeepMemory()] if keep_memory else []
         if not dry:
             added += [SampleImages(), PretextImages(), FinalMetrics(), ConfusionMatrix(), PredictionWriter()]
         if enable_checkpointing is not False and not dry:
