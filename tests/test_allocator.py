@@ -58,7 +58,7 @@ class Faults(L.Callback):
         print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self.before)
 
 if __name__ == "__main__":
-    data = ImageFolderDataModule(sys.argv[1], batch_size=16, steps_per_epoch=8, image_size=64, num_workers=0)
+    data = ImageFolderDataModule(sys.argv[1], batch_size=16, steps_per_epoch=8, image_size=128, num_workers=0)
     trainer = Trainer(
         keep_memory=sys.argv[2] == "True", max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, limit_val_batches=0, callbacks=[Faults()],

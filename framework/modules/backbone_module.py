@@ -16,6 +16,8 @@ from framework.modules.optimization import (
     SCHEDULES,
     Schedule,
     checked_schedule_options,
+    fused_by_default,
+    keep_way_of_stepping,
     optimizer_class_and_arguments,
 )
 from framework.networks import Preprocessing, create_backbone, is_convolutional, keep_channels_last
@@ -46,7 +48,9 @@ class BackboneModule(L.LightningModule):
         backbone_learning_rate_factor: the backbone learns at this multiple of ``learning_rate``.
         optimizer: name of an optimizer of ``torch.optim``.
         weight_decay: of the optimizer.
-        optimizer_options: more arguments of the optimizer; SGD has ``{momentum: 0.9, nesterov: true}`` by default.
+        optimizer_options: more arguments of the optimizer; SGD has ``{momentum: 0.9, nesterov: true}`` by default, and
+            SGD, Adam and AdamW take each step in one kernel where the device has it (not in 16-mixed), but for
+            ``{fused: false}``.
         schedule: of the learning rate, per optimizer step ``i``: ``constant``; ``inverse_decay``, ``(1 + gamma i) **
             -beta`` with ``{gamma: 0.001, beta: 0.75}``; ``cosine`` with ``{warmup: 0, minimum: 0.0}``; ``step`` with
             ``{milestones: [...], factor: 0.1}``.
@@ -224,9 +228,17 @@ class BackboneModule(L.LightningModule):
                 groups.append({"params": parameters, "lr": rate, "name": name})
         return groups
 
+    def _has_loss_scale(self) -> bool:
+        return self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the parameter groups, its learning rates scheduled per step."""
-        optimizer = self.optimizer_class(self.parameter_groups(), **self.optimizer_arguments)
+        groups, arguments = self.parameter_groups(), self.optimizer_arguments
+        # with a loss scale, a fused optimizer would unscale by itself: too late for clipping and for the logged norms
+        if not self._has_loss_scale() and fused_by_default(self.optimizer_class, arguments, groups):
+            arguments = arguments | {"fused": True}
+        optimizer = self.optimizer_class(groups, **arguments)
+        keep_way_of_stepping(optimizer)
         options = dict(self.schedule_options)
         if self.schedule == "constant":
             return optimizer
