@@ -56,7 +56,7 @@ class BackboneModule(L.LightningModule):
             ``{milestones: [...], factor: 0.1}``.
         schedule_options: arguments of the schedule.
         compile: run the backbone (and an alignment loss) through ``torch.compile``.
-        channels_last: keep the backbone's images and weights with the channels as the innermost dimension in memory:
+        channels_last: keep the backbone's weights and maps with the channels as the innermost dimension in memory:
             the same numbers but for rounding. By default where the backbone is convolutional
             (:func:`~framework.networks.is_convolutional`): 0.8 to 0.85 of a step's time on a CPU at 224 pixels, less
             than nothing (1.04) for ResNet-18 on images of 32.

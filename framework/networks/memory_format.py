@@ -1,9 +1,9 @@
-"""Images and weights with the channels innermost in memory, which suits convolutions."""
+"""Maps and weights with the channels innermost in memory, which suits convolutions."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 LEAST_SHARE = 0.25  # ConvNeXt, one convolution to two linear layers, has 0.37; PVTv2 0.2, vision transformers below 0.1
 
@@ -25,13 +25,9 @@ def is_convolutional(network: nn.Module) -> bool:
 
 
 def keep_channels_last(network: nn.Module) -> None:
-    """Lay the weights of a network of images ``[N, C, H, W]`` out as channels-last, and each batch that comes in.
+    """Lay the weights of a network's convolutions out as channels-last.
 
-    Shapes, names and values are unchanged; PyTorch's operations keep the layout from one layer to the next.
+    A convolution with such weights returns such a map, of an image in any layout, and PyTorch's operations keep it from
+    one layer to the next. Shapes, names and values are unchanged.
     """
     network.to(memory_format=torch.channels_last)
-    network.register_forward_pre_hook(_to_channels_last)
-
-
-def _to_channels_last(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(images.contiguous(memory_format=torch.channels_last) for images in inputs)
