@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from framework.allocator import KeepMemory
 from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, PretextImages, SampleImages
 from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from framework.errors import ConfigurationError
 from framework.loggers import AppendingCSVLogger, TensorBoardRun
+
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 class Trainer(L.Trainer):
@@ -30,6 +34,13 @@ class Trainer(L.Trainer):
         logger: a logger, loggers, or False for none; default: the two above.
         callbacks: callbacks to add; a ``ModelCheckpoint`` among them does not replace ``last`` and ``best``.
         enable_checkpointing: False for no checkpoints.
+        keep_memory: on a CPU, a ``fit`` keeps memory once taken instead of giving it back to the system after every
+            step, which costs a sixth to a quarter of the step (:func:`~framework.allocator.keep_freed_memory`). The
+            process then stays as large as its largest step to its end.
+        float32_matmul_precision: of matrix products of float32 tensors: ``highest``, ``high`` (TF32 on a GPU) or
+            ``medium`` (there the same, bfloat16 where the device has it), as ``torch.set_float32_matmul_precision`` has
+            it, for the rest of the process; None leaves it alone. Losses on features stay exact
+            (:mod:`framework.functional.precision`).
         limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches: batches an epoch as a whole
             number, or a share of them as a fraction (``1`` is one batch, ``1.0`` all).
         options: those of ``lightning.pytorch.Trainer``.
@@ -47,6 +58,8 @@ class Trainer(L.Trainer):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = False,
         num_sanity_val_steps: int | None = 0,
+        keep_memory: bool = True,
+        float32_matmul_precision: str | None = None,
         # here for the command line: in Lightning's signature the float comes first, and 1 would become 1.0, all batches
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
@@ -54,12 +67,19 @@ class Trainer(L.Trainer):
         limit_predict_batches: int | float | None = None,
         **options: Any,
     ) -> None:
+        if float32_matmul_precision is not None:
+            if float32_matmul_precision not in MATMUL_PRECISIONS:
+                raise ConfigurationError(
+                    f"Expected `--trainer.float32_matmul_precision` to be {', '.join(MATMUL_PRECISIONS[:-1])} or "
+                    f"{MATMUL_PRECISIONS[-1]}, but got {float32_matmul_precision!r}."
+                )
+            torch.set_float32_matmul_precision(float32_matmul_precision)
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         dry = bool(options.get("fast_dev_run")) or bool(options.get("barebones"))
         if logger is None or logger is True:
             root = Path(options.get("default_root_dir") or ".") / "lightning_logs"
             logger = _loggers(root, experiment, run) if not dry else None
-        added: list[Callback] = []
+        added: list[Callback] = [KeepMemory()] if keep_memory else []
         if not dry:
             added += [SampleImages(), PretextImages(), FinalMetrics(), ConfusionMatrix(), PredictionWriter()]
         if enable_checkpointing is not False and not dry:

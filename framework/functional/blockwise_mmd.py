@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from framework.functional.kernels import joint_mean, kernel_steps
+from framework.functional.precision import exact_products
 
 # Rows of a block. 512 x 512 numbers stay in a CPU's cache from one operation to the next; an accelerator wants fewer,
 # larger operations, and has the memory: 64 MiB for a float32 block
@@ -50,7 +51,8 @@ def blockwise_discrepancy(
         0-d tensor. Its backward pass raises a RuntimeError with ``create_graph=True``.
     """
     problem = _Problem([kernel_steps(layer) for layer in scales], bandwidths, weights, torch.is_grad_enabled())
-    value: Tensor = _Blockwise.apply(problem, *[domain for layer in features for domain in layer])
+    with exact_products():  # value and gradient are made here
+        value: Tensor = _Blockwise.apply(problem, *[domain for layer in features for domain in layer])
     return value
 
 

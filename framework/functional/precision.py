@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,14 +20,46 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # guarded: a change of TF32 compiles anew
+def products_are_exact() -> bool:
+    """Whether matrix products of float32 tensors are computed in float32, as they are by default.
+
+    They are not after ``torch.set_float32_matmul_precision("high" | "medium")``, which is what
+    ``--trainer.float32_matmul_precision`` calls.
+    """
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch.backends…fp32_precision, which this question does not know: left as it is
+        return True
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within this context, matrix products of float32 tensors are computed in float32, whatever is set.
+
+    The setting is the process's: another thread that multiplies meanwhile is exact, too. An accelerator's kernel is
+    chosen where it is launched, so nothing waits. Not for a function that is compiled.
+    """
+    if products_are_exact():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a formula to run in float32 with autocast off.
+    """Decorate a formula to run in float32 with autocast off and exact matrix products.
 
     Distances and kernels lose their value in half precision: an MMD under bf16 autocast is off by more than its own
     size, and in float16 it overflows. float16 and bfloat16 tensors among the arguments, also those in tuples, named
     tuples and lists, are cast up to float32; float32, float64 and integer tensors stay as they are. Gradients come
     back in the dtype of the caller's tensors. Compiles into the caller's graph; for a matrix product inside the formula
-    use ``full_precision_matmul``, which keeps its gradient in float32 there too.
+    use ``full_precision_matmul``, which keeps its gradient in float32 there too, and stays exact under
+    ``--trainer.float32_matmul_precision`` in the backward pass and in compiled code.
 
     >>> @full_precision
     ... def squared_norm(features: Tensor) -> Tensor:
@@ -37,6 +70,9 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def in_full_precision(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling() and not products_are_exact():
+            with exact_products():
+                return in_full_precision(*args, **kwargs)
         arguments: tuple[Any, ...] = tuple(_cast_up(value) for value in args)
         keywords: dict[str, Any] = {name: _cast_up(value) for name, value in kwargs.items()}
         device = _device_type((*arguments, *keywords.values()))
@@ -86,32 +122,53 @@ def full_precision_gram(x: Tensor) -> Tensor:
     return product
 
 
+def _exact(x: Tensor, y: Tensor) -> Tensor:
+    if products_are_exact():
+        return x @ y
+    if torch.compiler.is_compiling():
+        product: Tensor = _exact_product(x, y)
+        return product
+    with exact_products():
+        return x @ y
+
+
+# what compiled code can neither set nor ask: an operation that it calls as it is
+@torch.library.custom_op("framework::exact_product", mutates_args=())
+def _exact_product(x: Tensor, y: Tensor) -> Tensor:
+    with exact_products():
+        return x @ y
+
+
+@_exact_product.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], y.shape[1])
+
+
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x @ x.T
+        return _exact(x, x.T)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            for_x: Tensor = (gradient + gradient.T) @ x
-            return for_x
+            return _exact(gradient + gradient.T, x)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(x, y)
-        return x @ y
+        return _exact(x, y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, y = ctx.saved_tensors
         for_x, for_y = ctx.needs_input_grad
         with torch.autocast(gradient.device.type, enabled=False):
-            return gradient @ y.T if for_x else None, x.T @ gradient if for_y else None
+            return _exact(gradient, y.T) if for_x else None, _exact(x.T, gradient) if for_y else None
 
 
 def _autocasts(device: str) -> bool:

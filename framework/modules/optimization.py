@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from framework.errors import ConfigurationError, did_you_mean
 from framework.functional.schedules import cosine_with_warmup, inverse_decay, step_decay
@@ -51,6 +52,55 @@ def optimizer_class_and_arguments(
             f"Expected `--model.optimizer_options` that {cls.__name__} takes, but got {arguments}: {error}"
         ) from error
     return cls, arguments
+
+
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+FUSED_DEVICES = ("cpu", "cuda")
+FUSED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def fused_by_default(cls: type[torch.optim.Optimizer], arguments: dict[str, Any], groups: list[dict[str, Any]]) -> bool:
+    """Whether an optimizer's step may be one kernel for all parameters, unless its ``arguments`` ask for another way.
+
+    So where the class has such a kernel for the device and the dtype of every parameter. ``{fused: false}``, or an
+    option that excludes it (``foreach``, ``differentiable``), wins.
+    """
+    if cls not in FUSED or any(name in arguments for name in ("fused", "foreach", "differentiable")):
+        return False
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return all(p.device.type in FUSED_DEVICES and p.dtype in FUSED_DTYPES for p in parameters)
+
+
+def keep_way_of_stepping(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer step as it was built to, also after it has loaded the state of one that steps otherwise.
+
+    PyTorch restores ``fused`` and ``foreach`` with a state, and leaves each tensor in the layout that it was saved in.
+    The fused kernels of the CPU take for granted that all tensors of a parameter lie in memory as the parameter does,
+    and compute nonsense without a word where they do not, as after ``--model.channels_last`` has changed.
+    """
+    names = ("fused", "foreach")
+    ways: list[dict[str, Any]] = [
+        {key: group[key] for key in names if key in group} for group in optimizer.param_groups
+    ]
+
+    def restore(loaded: torch.optim.Optimizer) -> None:
+        for group, way in zip(loaded.param_groups, ways, strict=True):
+            group.update(way)
+            for parameter in group["params"]:
+                state = loaded.state.get(parameter, {})
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        state[name] = _as_laid_out(value, parameter, bool(way.get("fused")))
+
+    optimizer.register_load_state_dict_post_hook(restore)
+
+
+def _as_laid_out(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:
+    if value.shape == parameter.shape and value.stride() != parameter.stride():
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    if value.dim() == 0 and fused:  # Adam's step, which other ways keep on the CPU
+        return value.to(parameter.device)
+    return value
 
 
 def checked_schedule_options(schedule: str, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from framework.networks.feature_maps import FeatureMaps
 from framework.networks.frozen import FrozenCopy
 from framework.networks.heads import MLPHead
 from framework.networks.key_queue import KeyQueue
+from framework.networks.memory_format import is_convolutional, keep_channels_last
 from framework.networks.momentum import MomentumCopy
 from framework.networks.outputs import NetworkOutputs
 from framework.networks.preprocessing import Preprocessing
@@ -51,6 +52,8 @@ __all__ = [
     "convert_domain_specific",
     "convert_stochastic",
     "create_backbone",
+    "is_convolutional",
+    "keep_channels_last",
     "list_backbones",
     "list_timm_backbones",
     "resnet8",
