@@ -33,7 +33,7 @@ def step():
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(8):
+for _ in range(20):
     before = faults()
     if sys.argv[2] == "thread":
         thread = threading.Thread(target=step)
@@ -86,14 +86,15 @@ def faults(script: str, *arguments: str, **environment: str) -> list[int]:
 def test_memory_is_not_taken_again(where: str) -> None:
     """Also by a thread, whose memory glibc has in another place: a prefetching one, or the one that pins."""
     plain, kept = faults(STEPS, "plain", where), faults(STEPS, "keep", where)
-    assert sum(plain[4:]) > 10_000  # not in each step: glibc's own threshold for what it gives back moves
-    assert max(kept[4:]) < 1000
+    # not in each step: glibc's own threshold for what it gives back moves, and a thread may get another arena
+    assert sum(plain[10:]) > 30_000
+    assert sum(kept[10:]) < 10_000
 
 
 @glibc
 def test_as_by_the_environment() -> None:
     environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
-    assert max(faults(STEPS, "plain", "main", **environment)[4:]) < 1000
+    assert sum(faults(STEPS, "plain", "main", **environment)[10:]) < 10_000
 
 
 @glibc
@@ -101,8 +102,8 @@ def test_a_fit_keeps_its_memory(tmp_path: Path, images: Any) -> None:
     images(tmp_path / "data", ["a", "b"], count=16, size=64)
     plain, kept = (faults(FIT, str(tmp_path / "data"), keep)[-8:] for keep in ("False", "True"))
     assert len(plain) == len(kept) == 8
-    assert sum(plain[4:]) > 5000
-    assert max(kept[4:]) < 1000
+    assert sum(plain[4:]) > 10_000
+    assert sum(kept[4:]) < 5000
 
 
 @glibc
