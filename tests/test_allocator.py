@@ -29,11 +29,11 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def step():
-    tensors = [torch.ones(2_000_000) for _ in range(8)]  # 64 MB: 15,625 pages
+    tensors = [torch.ones(10_000_000) for _ in range(2)]  # 40 MB each, more than glibc ever keeps: 19,531 pages
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(20):
+for _ in range(10):
     before = faults()
     if sys.argv[2] == "thread":
         thread = threading.Thread(target=step)
@@ -58,7 +58,7 @@ class Faults(L.Callback):
         print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self.before)
 
 if __name__ == "__main__":
-    data = ImageFolderDataModule(sys.argv[1], batch_size=16, steps_per_epoch=8, image_size=128, num_workers=0)
+    data = ImageFolderDataModule(sys.argv[1], batch_size=48, steps_per_epoch=8, image_size=128, num_workers=0)
     trainer = Trainer(
         keep_memory=sys.argv[2] == "True", max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, limit_val_batches=0, callbacks=[Faults()],
@@ -86,24 +86,23 @@ def faults(script: str, *arguments: str, **environment: str) -> list[int]:
 def test_memory_is_not_taken_again(where: str) -> None:
     """Also by a thread, whose memory glibc has in another place: a prefetching one, or the one that pins."""
     plain, kept = faults(STEPS, "plain", where), faults(STEPS, "keep", where)
-    # not in each step: glibc's own threshold for what it gives back moves, and a thread may get another arena
-    assert sum(plain[10:]) > 30_000
-    assert sum(kept[10:]) < 10_000
+    assert min(plain) > 19_000
+    assert sum(kept[4:]) < sum(plain[4:]) / 3  # a thread may get an arena that none has had
 
 
 @glibc
 def test_as_by_the_environment() -> None:
     environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
-    assert sum(faults(STEPS, "plain", "main", **environment)[10:]) < 10_000
+    assert sum(faults(STEPS, "plain", "main", **environment)[4:]) < 30_000
 
 
 @glibc
 def test_a_fit_keeps_its_memory(tmp_path: Path, images: Any) -> None:
-    images(tmp_path / "data", ["a", "b"], count=16, size=64)
+    images(tmp_path / "data", ["a", "b"], count=48, size=64)
     plain, kept = (faults(FIT, str(tmp_path / "data"), keep)[-8:] for keep in ("False", "True"))
     assert len(plain) == len(kept) == 8
-    assert sum(plain[4:]) > 10_000
-    assert sum(kept[4:]) < 5000
+    assert min(plain[4:]) > 10_000  # tensors of 50 MB, more than glibc ever keeps
+    assert sum(kept[4:]) < sum(plain[4:]) / 3
 
 
 @glibc
