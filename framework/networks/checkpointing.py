@@ -26,9 +26,16 @@ def checkpoint_blocks(backbone: nn.Module) -> list[nn.Module]:
 
     Results are those without: what is drawn at random is drawn alike, batch norms normalise alike and update their
     running statistics once, also where several passes over several domains come before the gradient. Names in the
-    state dict stay. Each block has a second forward pass in a training step. What the graph keeps, and the time of forward
-    and backward pass, on a CPU: ResNet-110 at 32 pixels, 32 images, 67 instead of 256 MiB in 1.35 times the time; ResNet-50
-    at 224 pixels, 4 images, 119 instead of 328 MiB in 1.36 times; ResNet-20 at 32 pixels, 14 instead of 46 in 1.5 times.
+    state dict stay. Each block has a second forward pass in a training step. What the graph keeps, and the time of
+    forward and backward pass, on a CPU:
+
+    ==============================  ========  ========  =====
+    network, pixels, images         kept MiB  before    time
+    ==============================  ========  ========  =====
+    ResNet-20, 32 px, 32 images           14        46    1.5
+    ResNet-110, 32 px, 32 images          67       256   1.35
+    ResNet-50, 224 px, 4 images          119       328   1.36
+    ==============================  ========  ========  =====
 
     Blocks are found in the stages of :func:`~framework.networks.split_stages`: what a sequence of like modules is made
     of, such as residual, inverted residual, ConvNeXt or transformer blocks, and else the stage as a whole (a dense
