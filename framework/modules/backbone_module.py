@@ -15,6 +15,7 @@ from framework.initialization import Initialization
 from framework.modules.optimization import (
     SCHEDULES,
     Schedule,
+    begin_momentum,
     checked_schedule_options,
     fused_by_default,
     keep_way_of_stepping,
@@ -250,6 +251,7 @@ class BackboneModule(L.LightningModule):
             arguments = arguments | {"fused": True}
         optimizer = self.optimizer_class(groups, **arguments)
         keep_way_of_stepping(optimizer)
+        begin_momentum(optimizer)
         options = dict(self.schedule_options)
         if self.schedule == "constant":
             return optimizer
