@@ -205,6 +205,7 @@ class BackboneModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each part and the learning rate of each group, every ``log_every_n_steps``."""
+        begin_momentum(optimizer)
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every == 0 or (step + 1) % every != 0:
@@ -251,7 +252,6 @@ class BackboneModule(L.LightningModule):
             arguments = arguments | {"fused": True}
         optimizer = self.optimizer_class(groups, **arguments)
         keep_way_of_stepping(optimizer)
-        begin_momentum(optimizer)
         options = dict(self.schedule_options)
         if self.schedule == "constant":
             return optimizer

@@ -98,23 +98,19 @@ def keep_way_of_stepping(optimizer: torch.optim.Optimizer) -> None:
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters of a fused SGD a momentum of 0 before their first step, which is what they start from anyway.
+    """Give parameters of a fused SGD that have a gradient for the first time a momentum of 0, which is what they start
+    from anyway; to be called between the gradients and the step.
 
     torch's own start takes a whole group at once: it fails where a parameter gets its first gradient later than others,
     as what is unfrozen, or one of the heads of MCD, does.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
-
-    def begin(stepping: torch.optim.Optimizer, *_: Any) -> None:  # before the gradients are there, within Lightning
-        for group in stepping.param_groups:
-            if group.get("fused") and group["momentum"] and not group["dampening"]:
-                for parameter in group["params"]:
-                    state = stepping.state[parameter]
-                    if state.get("momentum_buffer") is None:
-                        state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-
-    optimizer.register_step_pre_hook(begin)
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _as_laid_out(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from framework import DANN, MCD, SourceOnly, TransferClassifier
-from framework.modules.optimization import fused_by_default
+from framework.modules.optimization import begin_momentum, fused_by_default
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {}),
@@ -130,6 +130,7 @@ def test_a_parameter_whose_first_gradient_comes_later(name: str, options: dict[s
                 generator = torch.Generator().manual_seed(100 * step + index)
                 gradient = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.grad = None if late else torch.empty_like(parameter).copy_(gradient).detach()
+            begin_momentum(optimizer)
             optimizer.step()
         models.append(model)
     close(*models)
