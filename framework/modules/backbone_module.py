@@ -15,12 +15,19 @@ from framework.initialization import Initialization
 from framework.modules.optimization import (
     SCHEDULES,
     Schedule,
+    begin_momentum,
     checked_schedule_options,
     fused_by_default,
     keep_way_of_stepping,
     optimizer_class_and_arguments,
 )
-from framework.networks import Preprocessing, create_backbone, is_convolutional, keep_channels_last
+from framework.networks import (
+    Preprocessing,
+    checkpoint_blocks,
+    create_backbone,
+    is_convolutional,
+    keep_channels_last,
+)
 from framework.networks.preprocessing import check_image_size
 from framework.progress import batches_processed
 from framework.reports import report
@@ -57,6 +64,8 @@ class BackboneModule(L.LightningModule):
             ``{milestones: [...], factor: 0.1}``.
         schedule_options: arguments of the schedule.
         compile: run the backbone (and an alignment loss) through ``torch.compile``.
+        gradient_checkpointing: compute the backbone's blocks again in the backward pass instead of keeping what is in
+            them (:func:`~framework.networks.checkpoint_blocks`): the same results, less memory, more time.
         channels_last: keep the backbone's weights and maps with the channels as the innermost dimension in memory:
             the same numbers but for rounding. By default where the backbone is convolutional
             (:func:`~framework.networks.is_convolutional`): 0.8 to 0.85 of a step's time on a CPU at 224 pixels, less
@@ -91,6 +100,7 @@ class BackboneModule(L.LightningModule):
         schedule: Schedule = "constant",
         schedule_options: dict[str, Any] | None = None,
         compile: bool = False,
+        gradient_checkpointing: bool = False,
         channels_last: bool | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +117,8 @@ class BackboneModule(L.LightningModule):
         network = create_backbone(backbone, weights, weights_by_order=weights_by_order, **(backbone_options or {}))
         if is_convolutional(network) if channels_last is None else channels_last:
             keep_channels_last(network)
+        if gradient_checkpointing:
+            checkpoint_blocks(network)
         self.backbone = self.started("backbone", network)
         self.preprocessing: Preprocessing = self.backbone.preprocessing  # type: ignore[assignment]
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
@@ -203,6 +215,7 @@ class BackboneModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each part and the learning rate of each group, every ``log_every_n_steps``."""
+        begin_momentum(optimizer)
         if not self._means.due(self.trainer):
             return
         for group in optimizer.param_groups:

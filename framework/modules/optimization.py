@@ -67,6 +67,8 @@ def fused_by_default(cls: type[torch.optim.Optimizer], arguments: dict[str, Any]
     """
     if cls not in FUSED or any(name in arguments for name in ("fused", "foreach", "differentiable")):
         return False
+    if arguments.get("dampening"):  # see `begin_momentum`
+        return False
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.device.type in FUSED_DEVICES and p.dtype in FUSED_DTYPES for p in parameters)
 
@@ -93,6 +95,22 @@ def keep_way_of_stepping(optimizer: torch.optim.Optimizer) -> None:
                         state[name] = _as_laid_out(value, parameter, bool(way.get("fused")))
 
     optimizer.register_load_state_dict_post_hook(restore)
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters of a fused SGD that have a gradient for the first time a momentum of 0, which is what they start
+    from anyway; to be called between the gradients and the step.
+
+    torch's own start takes a whole group at once: it fails where a parameter gets its first gradient later than others,
+    as what is unfrozen, or one of the heads of MCD, does.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _as_laid_out(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:

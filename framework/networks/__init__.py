@@ -2,6 +2,7 @@
 
 from framework.networks.backbones import create_backbone, list_backbones
 from framework.networks.batch_norm import DomainSpecificBatchNorm, convert_domain_specific, select_domain
+from framework.networks.checkpointing import checkpoint_blocks
 from framework.networks.discriminator import DomainDiscriminator
 from framework.networks.feature_maps import FeatureMaps
 from framework.networks.frozen import FrozenCopy
@@ -49,6 +50,7 @@ __all__ = [
     "ResidualNetwork",
     "Stage",
     "StochasticNorm",
+    "checkpoint_blocks",
     "convert_domain_specific",
     "convert_stochastic",
     "create_backbone",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from framework import DANN, MCD, SourceOnly, TransferClassifier
-from framework.modules.optimization import fused_by_default
+from framework.modules.optimization import begin_momentum, fused_by_default
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {}),
@@ -44,6 +44,7 @@ def ways(optimizer: torch.optim.Optimizer) -> set[Any]:
         ({"optimizer_options": {"fused": True}}, True),
         ({"optimizer_options": {"foreach": True}}, None),
         ({"optimizer": "Adam", "optimizer_options": {"differentiable": True}}, None),
+        ({"optimizer_options": {"dampening": 0.1, "nesterov": False}}, None),
         ({"optimizer": "RMSprop"}, None),
         ({"optimizer": "Adagrad"}, None),
     ],
@@ -116,6 +117,23 @@ def test_goes_on_from_the_other_way(
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, tmp_path / "state.pth")
     close(model, reference)
+
+
+@pytest.mark.parametrize(("name", "options"), KINDS, ids=[f"{name} {options}" for name, options in KINDS])
+def test_a_parameter_whose_first_gradient_comes_later(name: str, options: dict[str, Any]) -> None:
+    models = []
+    for way in ({}, {"foreach": False}):
+        model, optimizer = build(optimizer=name, learning_rate=0.05, optimizer_options={**options, **way})
+        for step in range(4):
+            for index, (_, parameter) in enumerate(sorted(model.named_parameters())):
+                late = index % 3 == 0 and step < 2
+                generator = torch.Generator().manual_seed(100 * step + index)
+                gradient = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.grad = None if late else torch.empty_like(parameter).copy_(gradient).detach()
+            begin_momentum(optimizer)
+            optimizer.step()
+        models.append(model)
+    close(*models)
 
 
 def test_the_trainer_resumes_checkpoints_from_before(domains: Path, tmp_path: Path) -> None:
