@@ -53,9 +53,9 @@ FOLDERS = [Path("data/solar_cells/mono"), Path("data/solar_cells/poly")]
 # ---------------------------------------------------------------- settings for a CPU
 PLAIN = {"channels_last": False, "optimizer_options": {"momentum": 0.9, "nesterov": True, "fused": False}}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of the module, of the Trainer
-    "float32, torch's defaults": (PLAIN, {}),
-    "+ channels_last and fused optimizer": ({}, {}),
-    "+ memory kept (the framework's defaults)": ({}, {}),
+    "float32, torch's defaults": (PLAIN, {"keep_memory": False}),
+    "+ channels_last and fused optimizer": ({}, {"keep_memory": False}),
+    "+ memory kept: this project's defaults": ({}, {}),
     "+ bf16-mixed": ({}, {"precision": "bf16-mixed"}),
 }
 
