@@ -117,7 +117,10 @@ def bound(root: Path, options: argparse.Namespace) -> Epoch:
         count = 0
         for _ in range(max(1, options.images // options.batch_size)):
             indices = torch.randint(len(data.train_files), (options.batch_size,), generator=generator).tolist()
-            count += len(data.normalize(cached.gather(indices)[:, :, :side, :side]))
+            images = torch.empty(options.batch_size, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            for row, index in zip(images, indices, strict=True):
+                row.copy_(cached.view(index)[:, :side, :side])
+            count += len(data.normalize(images))
         return count
 
     return epoch
