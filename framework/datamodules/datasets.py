@@ -27,11 +27,12 @@ class PlannedViews(NamedTuple):
 
     Attributes:
         images: uint8, ``[N, 3, side, side]``.
-        views: a :class:`~framework.datamodules.augmentation.View` in each row, float32, ``[N, views, 12]``.
+        plans: a :class:`~framework.datamodules.augmentation.View` in each row, ``[N, views, 12]``: float32 numbers, but
+            their bits as int32, since a Trainer rounds floats to the precision of the model on their way.
     """
 
     images: Tensor
-    views: Tensor
+    plans: Tensor
 
 
 class Images(Dataset[Any]):
@@ -95,7 +96,7 @@ class Images(Dataset[Any]):
             images = _empty(len(indices), side, side)
             for row, index in zip(images, indices, strict=True):
                 row.copy_(transform.resize(self._pixels(index)))
-            return PlannedViews(images, views.float().view(len(indices), self.views, -1))
+            return PlannedViews(images, views.float().view(torch.int32).view(len(indices), self.views, -1))
         images, plans = _empty(len(views), size, size), iter(views.tolist())
         for first, index in zip(range(0, len(views), self.views), indices, strict=True):
             resized = transform.resize(self._pixels(index))

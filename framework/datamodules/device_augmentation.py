@@ -31,7 +31,8 @@ class DeviceAugmentation:
         images, plans = planned
         count, views = plans.shape[:2]
         options = self.augmentation
-        view = dict(zip(View._fields, plans.flatten(0, 1).unbind(1), strict=True))  # a number of each view: [M]
+        numbers = plans.view(torch.float32).flatten(0, 1).unbind(1)
+        view = dict(zip(View._fields, numbers, strict=True))  # of each view: [M]
         result = self._cropped(images.float(), view, views)
         if options.color_jitter:
             result = self._jittered(result, view)
@@ -71,9 +72,9 @@ class DeviceAugmentation:
 
     def _blurred(self, images: Tensor, sigma: Tensor) -> Tensor:
         width = self.augmentation.kernel
-        x = torch.arange(width, device=images.device) - width // 2
+        x = torch.arange(width, dtype=images.dtype, device=images.device) - width // 2
         weights = torch.exp(-0.5 * (x / sigma.clamp(min=1e-3)[:, None]).square())
-        weights = torch.where(sigma[:, None] > 0, weights / weights.sum(1, keepdim=True), (x == 0).float())
+        weights = torch.where(sigma[:, None] > 0, weights / weights.sum(1, keepdim=True), (x == 0).to(images.dtype))
         weights = weights.repeat_interleave(3, dim=0)[:, None]  # [3 M, 1, width]
         padded = F.pad(images, (width // 2,) * 4, mode="reflect").flatten(0, 1)[None]
         groups = len(weights)
@@ -90,8 +91,8 @@ def _weights(first: Tensor, length: Tensor, size: int, side: int) -> Tensor:
 
     The triangle that torch's bilinear resize has with ``antialias``, cut off at the window.
     """
-    target = torch.arange(size, device=first.device) + 0.5
-    source = torch.arange(side, device=first.device) + 0.5
+    target = torch.arange(size, dtype=first.dtype, device=first.device) + 0.5
+    source = torch.arange(side, dtype=first.dtype, device=first.device) + 0.5
     first, length = first[:, None, None], length[:, None, None]
     scale = length / size
     center = first + scale * target[:, None]
