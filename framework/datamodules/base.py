@@ -1,4 +1,4 @@
-"""What the datamodules share: loaders of exactly resumable streams, transforms, normalisation, the split's manifest."""
+"""What the datamodules share: loaders of exactly resumable streams, caches, splits and their manifest."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from framework.datamodules.augmentation import AREAS, Crop
 from framework.datamodules.cache import CachedImages, ImageCache, Storage
-from framework.datamodules.checks import (
-    check_amount,
-    check_at_least,
-    check_cache,
-    check_fraction,
-)
+from framework.datamodules.checks import check_amount, check_at_least, check_cache, check_fraction
 from framework.datamodules.datasets import Images, LabelledImages, whole
-from framework.datamodules.folders import ImageFiles, check_images, few_of_each_class, joined, stratified_split
+from framework.datamodules.decoding import check_images
+from framework.datamodules.folders import ImageFiles, few_of_each_class, joined, stratified_split
 from framework.datamodules.pixels import PixelDataModule, Place
 from framework.datamodules.split_manifest import split_identity, split_table, write_manifest
 from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
@@ -60,13 +56,14 @@ class ImageDataModule(PixelDataModule):
         mean, std: per-channel statistics of the normalisation, for images in [0, 1]; default: as ``image_size``.
         check_images: decode every file once before training, so that a corrupt one ends the run at its start.
         augment_on: where random views of training images are made: by the ``loader``, image by image, or on the
-            ``device``, a batch at once, where an accelerator has more time than the processor. The views are the same
-            but for rounding; validation's are always the loader's.
+            ``device``, a batch at once, for an accelerator that waits for few cores. The views are the same but for
+            rounding; those of validation are always the loader's.
         cache: decode each image of a folder once, resized for the crop, and keep the pixels in ``memory``, or on
             ``disk`` for later runs too; batches are the same ones, bit for bit. Processes of one machine share them.
         cache_dir: folder for ``disk``, of which anything may be deleted at any time; default: ``transfer-framework`` in
             the user's folder of caches (``$XDG_CACHE_HOME`` or ``~/.cache``).
-        num_workers: loader processes per domain.
+        num_workers: loader processes per domain, which change no batch. Without a cache as many as there are cores to
+            spare; from a cache a crop costs less than handing it from process to process: 0 on a few cores.
         seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
     """
 

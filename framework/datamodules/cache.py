@@ -28,7 +28,8 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
-from framework.datamodules.folders import ImageFiles, read_pixels, unreadable
+from framework.datamodules.decoding import read_pixels, unreadable
+from framework.datamodules.folders import ImageFiles
 from framework.errors import ConfigurationError
 from framework.reports import logger
 

@@ -17,7 +17,8 @@ from torchvision.transforms import v2
 from framework.batch import LabelledBatch, PredictionBatch, UnlabelledBatch
 from framework.datamodules.augmentation import TrainingTransform, View, uniform_numbers
 from framework.datamodules.cache import CachedImages
-from framework.datamodules.folders import ImageFiles, read_pixels
+from framework.datamodules.decoding import read_pixels
+from framework.datamodules.folders import ImageFiles
 
 T = TypeVar("T")
 
@@ -100,8 +101,8 @@ class Images(Dataset[Any]):
         images, plans = _empty(len(views), size, size), iter(views.tolist())
         for first, index in zip(range(0, len(views), self.views), indices, strict=True):
             resized = transform.resize(self._pixels(index))
-            for row in images[first : first + self.views]:
-                row.copy_(transform.view(resized, View(*next(plans))))
+            for row in range(first, first + self.views):
+                transform.view(resized, View(*next(plans)), out=images[row : row + 1])
         return images if self.views == 1 else images.view(len(indices), self.views, *images.shape[1:])
 
     def _transformed(self, indices: Sequence[int], seeds: Sequence[int] | None) -> Tensor:

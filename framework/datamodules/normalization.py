@@ -15,7 +15,7 @@ class Normalization:
     """
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def apply(
         self,
@@ -33,42 +33,47 @@ class Normalization:
             dtype: of the result.
             channels_last: whether the result may have the channels innermost in memory.
         """
+        precise = dtype if dtype.itemsize >= 4 else torch.float32
         inner = images.movedim(-3, -1)
-        if not channels_last or not inner.is_contiguous():
-            images = images.to(dtype, memory_format=torch.contiguous_format, copy=True)
-            return _normalize(images, *self._statistics(images, mean, std))
-        # as rows of width x channels: with three channels innermost, arithmetic by channel costs four times as much
-        rows = inner.flatten(-2)
-        result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        statistics = self._statistics(result, mean, std, images.shape[-1])
-        if rows.device.type == "cpu" and rows.ndim > 2:  # what was just written is still in the processor's cache
-            for source, target in zip(rows.flatten(0, -3), result.flatten(0, -3), strict=True):
-                _normalize(target.copy_(source), *statistics)
+        if channels_last and inner.is_contiguous():
+            # as rows of width x channels: with three channels innermost, arithmetic by channel costs four times as much
+            rows = inner.flatten(-2)
+            normalized = _affine(rows, *self._factors(rows.device, precise, mean, std, images.shape[-1]))
+            result = normalized.view(inner.shape).movedim(-1, -3)
         else:
-            _normalize(result.copy_(rows), *statistics)
-        return result.view(inner.shape).movedim(-1, -3)
+            result = _affine(images, *self._factors(images.device, precise, mean, std))
+        return result.to(dtype)
 
     def invert(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """The inverse, clipped to [0, 1]."""
-        means, stds = self._statistics(images, mean, std)
-        return (images * stds + means).clamp(0, 1)
+        scale, shift = self._factors(images.device, images.dtype, mean, std)
+        return ((images - shift) / (255 * scale)).clamp(0, 1)
 
-    def _statistics(
-        self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], width: int | None = None
+    def _factors(
+        self, device: torch.device, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...], width: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Columns of mean and standard deviation, or rows of them for a width."""
-        key = (images.device, images.dtype, mean, std, width)
-        if key not in self._rows:  # once: a copy to the device makes the host wait
+        """Scale and shift of each channel as columns, or with a width as rows."""
+        key = (device, dtype, mean, std, width)
+        if key not in self._known:  # once: a copy to the device makes the host wait
             with torch.inference_mode(False):
-                both = torch.tensor([mean, std], dtype=images.dtype, device=images.device)
-                both = both.view(2, -1, 1, 1) if width is None else both.repeat(1, width)
-            self._rows[key] = (both[0], both[1])
-        return self._rows[key]
+                scale = [1 / (255 * s) for s in std]
+                both = torch.tensor([scale, [-m / s for m, s in zip(mean, std, strict=True)]], dtype=torch.float64)
+                both = both.repeat(1, width) if width else both.view(2, -1, 1, 1)
+                both = both.to(device, dtype)
+            self._known[key] = (both[0], both[1])
+        return self._known[key]
 
 
-def _normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    # in place: the memory of each intermediate result costs more than its arithmetic
-    return images.div_(255).sub_(mean).div_(std)
+def _affine(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``images * scale + shift``, contiguous, in the dtype of the factors."""
+    result = torch.empty(images.shape, dtype=scale.dtype, device=images.device)
+    if images.device.type != "cpu":
+        return torch.addcmul(shift, result.copy_(images), scale, out=result)
+    # image by image: what was just written is still in the processor's cache
+    each = (-1, *images.shape[images.ndim - (3 if scale.ndim == 3 else 2) :])
+    for source, target in zip(images.reshape(each), result.view(each), strict=True):
+        torch.addcmul(shift, target.copy_(source), scale, out=target)
+    return result
 
 
 def takes_channels_last(module: nn.Module | None) -> bool:

@@ -1,4 +1,4 @@
-"""What happens to the pixels: geometry on uint8 tensors of one image, normalisation on the batch."""
+"""The transforms of training and of evaluation: on uint8 tensors of one image; batches are normalised later."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 from framework.datamodules.datasets import LabelledImages
 from framework.datamodules.datasets import whole as whole_batches
-from framework.datamodules.folders import ImageFiles, read_image
+from framework.datamodules.decoding import read_image
+from framework.datamodules.folders import ImageFiles
 from framework.datamodules.streams import Draw, EvaluationShard, SeededDraws, StreamSampler
 from framework.datamodules.transforms import training_transform
 
@@ -214,9 +215,9 @@ def test_images_leave_the_runs_generators_alone_at_every_moment(
     state, looks = torch.get_rng_state(), []
     view = type(transform).view
 
-    def looked_at(self: Any, *arguments: Any) -> torch.Tensor:
+    def looked_at(*arguments: Any, **options: Any) -> torch.Tensor:
         looks.append(torch.equal(torch.get_rng_state(), state))
-        return view(self, *arguments)
+        return view(*arguments, **options)
 
     monkeypatch.setattr(type(transform), "view", looked_at)
     samples = SeededDraws(pictures(tmp_path, transform), 0)
