@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+AT_ONCE = 1 << 16  # pixels and channels that are normalised in one go on a CPU
+
 
 class Normalization:
     """``(pixels / 255 - mean) / std`` of each channel, and back.
@@ -67,12 +69,18 @@ class Normalization:
 def _affine(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``images * scale + shift``, contiguous, in the dtype of the factors."""
     result = torch.empty(images.shape, dtype=scale.dtype, device=images.device)
-    if images.device.type != "cpu":
-        return torch.addcmul(shift, result.copy_(images), scale, out=result)
-    # image by image: what was just written is still in the processor's cache
-    each = (-1, *images.shape[images.ndim - (3 if scale.ndim == 3 else 2) :])
-    for source, target in zip(images.reshape(each), result.view(each), strict=True):
-        torch.addcmul(shift, target.copy_(source), scale, out=target)
+    shape = (-1, *images.shape[images.ndim - (3 if scale.ndim == 3 else 2) :])
+    sources: tuple[Tensor, ...] = (images.reshape(shape),)
+    targets: tuple[Tensor, ...] = (result.view(shape),)
+    if images.device.type == "cpu":  # a part after the other: what was just written is still in the processor's cache
+        count = max(1, AT_ONCE // max(1, targets[0].shape[1:].numel()))
+        sources, targets = (torch.split(part[0], count) for part in (sources, targets))
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+        if scale.ndim == 3:  # a number for each channel: the fused kernel does not take it at full speed
+            target.mul_(scale).add_(shift)
+        else:
+            torch.addcmul(shift, target, scale, out=target)
     return result
 
 

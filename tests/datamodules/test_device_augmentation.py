@@ -104,6 +104,18 @@ def test_a_run_sees_what_it_sees_with_the_loader(
     assert set(runs[1].arrived) == {torch.uint8}
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_only_training_batches_are_planned(domains: Path, views: int) -> None:
+    for place in ("loader", "device"):
+        data = build("unlabelled", domains, augment_on=place, views=views)
+        data.setup("fit")
+        (trained, *_), (validated, *_) = data.train_dataloader(), data.val_dataloader()
+        assert isinstance(validated.images, Tensor)
+        assert isinstance(trained.images, PlannedViews if place == "device" else Tensor)
+    assert trained.images.images.shape == (6, 3, 18, 18)  # as they are before the crop
+    assert trained.images.plans.shape == (6, views, 12)
+
+
 @pytest.mark.parametrize("stop", [2, 5, 8])
 def test_resumes_exactly(domains: Path, make_recorder: Any, trainer: Any, tmp_path: Path, stop: int) -> None:
     whole, rest = make_recorder(), make_recorder()
