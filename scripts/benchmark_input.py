@@ -1,6 +1,7 @@
 """Images a second of the input pipeline, relative to torchvision's ImageFolder with Pillow and v1 transforms.
 
-All pipelines end in normalised float batches: a random resized crop to 224 px, half of them mirrored. The first row,
+All pipelines end in normalised float batches: a random resized crop to 224 px, half of them mirrored. (The reference's
+are on the CPU, ours on ``--device``; ours keep the channels innermost in memory.) The first row,
 without worker processes, is 1.0. The last row is what no pipeline can beat: copying cached pixels and normalising them.
 In every repeat each pipeline runs once, one after the other, so that all see the same machine; figures are medians of
 the repeats, with the least and the largest. Images are pieces of scikit-learn's two photographs.
@@ -20,7 +21,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
@@ -95,15 +99,49 @@ def data_module(root: Path, options: argparse.Namespace, **choices: Any) -> Imag
     return data
 
 
-def ours(root: Path, options: argparse.Namespace, workers: int, cache: str) -> Epoch:
+def ours(root: Path, options: argparse.Namespace, workers: int, cache: str, augment_on: str = "loader") -> Epoch:
     """A training epoch of this project's datamodule."""
-    data = data_module(root, options, num_workers=workers, cache=cache)
+    data = data_module(root, options, num_workers=workers, cache=cache, augment_on=augment_on)
     loader = data.train_dataloader()
 
     def epoch() -> int:
-        return sum(len(data.normalize(batch.images)) for batch in loader)
+        count = sum(len(data.on_after_batch_transfer(moved(batch, options), 0).images) for batch in loader)
+        wait(options)
+        return count
 
     return epoch
+
+
+def threads(root: Path, options: argparse.Namespace, count: int, cache: str) -> Epoch:
+    """The same with threads that make the next batches, in place of worker processes: no option of this project's."""
+    data = data_module(root, options, num_workers=0, cache=cache)
+    loader = data.train_dataloader()
+
+    def epoch() -> int:
+        images = 0
+        with ThreadPoolExecutor(count) as pool:
+            ahead: deque[Future[Any]] = deque()
+            for indices in [*loader.batch_sampler, *[None] * (count + 1)]:
+                if indices is not None:
+                    ahead.append(pool.submit(loader.dataset.__getitems__, indices))
+                if len(ahead) > count or (indices is None and ahead):
+                    batch = moved(ahead.popleft().result(), options)
+                    images += len(data.on_after_batch_transfer(batch, 0).images)
+        wait(options)
+        return images
+
+    return epoch
+
+
+def moved(batch: Any, options: argparse.Namespace) -> Any:
+    """The batch on the device, as a Trainer moves it."""
+    return move_data_to_device(batch, torch.device(options.device))
+
+
+def wait(options: argparse.Namespace) -> None:
+    """For what the device still has to do."""
+    if options.device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def bound(root: Path, options: argparse.Namespace) -> Epoch:
@@ -117,7 +155,11 @@ def bound(root: Path, options: argparse.Namespace) -> Epoch:
         count = 0
         for _ in range(max(1, options.images // options.batch_size)):
             indices = torch.randint(len(data.train_files), (options.batch_size,), generator=generator).tolist()
-            count += len(data.normalize(cached.gather(indices)[:, :, :side, :side]))
+            images = torch.empty(options.batch_size, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            for row, index in zip(images, indices, strict=True):
+                row.copy_(cached.view(index)[:, :side, :side])
+            count += len(data.normalize(moved(images, options)))
+        wait(options)
         return count
 
     return epoch
@@ -170,6 +212,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -190,6 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--prefetch_threads", type=int, nargs="*", default=[1, 2], help="in place of workers")
+    parser.add_argument("--augment_on_device", action="store_true", help="measure it too; a CPU is slow at it")
+    parser.add_argument("--device", default="cpu", help="where batches are normalised, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of this process; a loader's worker has one")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument("--markdown", type=Path, help="write the table there, too")
@@ -205,6 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
             for cache, name in (("none", "decoded each time"), ("memory", "`--data.cache memory`")):
                 for workers in options.workers:
                     pipelines[f"{name}, {workers} workers"] = ours(root, options, workers, cache)
+                for count in options.prefetch_threads:
+                    pipelines[f"{name}, {count} threads"] = threads(root, options, count, cache)
+            if options.augment_on_device:
+                for workers in options.workers:
+                    name = f"`--data.cache memory --data.augment_on device`, {workers} workers"
+                    pipelines[name] = ours(root, options, workers, "memory", "device")
             pipelines[BOUND] = bound(root, options)
             rates = measure(pipelines, options.repeats)
             results["kinds"][kind] = summary(rates)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from framework import ImageFolderDataModule
-from framework.datamodules.folders import read_image
+from framework.datamodules.decoding import read_image
 from framework.functional import h_score, leep, log_maximum_evidence, negative_conditional_entropy
 from framework.networks import create_backbone
 

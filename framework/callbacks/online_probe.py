@@ -11,7 +11,8 @@ from torch import Tensor
 
 from framework.datamodules import ImageDataModule, ImageFolderDataModule
 from framework.datamodules.datasets import LabelledImages
-from framework.datamodules.folders import ImageFiles, check_images
+from framework.datamodules.decoding import check_images
+from framework.datamodules.folders import ImageFiles
 from framework.errors import ConfigurationError
 from framework.inspection import epoch_is_due, undisturbed
 from framework.metrics import ProbeAccuracy, ProbePart

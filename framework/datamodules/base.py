@@ -1,42 +1,32 @@
-"""What the datamodules share: loaders of exactly resumable streams, transforms, normalisation, the split's manifest."""
+"""What the datamodules share: loaders of exactly resumable streams, caches, splits and their manifest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from framework.batch import DomainBatch, LabelledBatch, PredictionBatch, UnlabelledBatch
+from framework.datamodules.augmentation import AREAS, Crop
 from framework.datamodules.cache import CachedImages, ImageCache, Storage
-from framework.datamodules.checks import (
-    check_amount,
-    check_at_least,
-    check_augmentation,
-    check_cache,
-    check_fraction,
-    check_resize,
-    check_statistics,
-)
-from framework.datamodules.datasets import Images, LabelledImages
-from framework.datamodules.folders import ImageFiles, check_images, few_of_each_class, joined, stratified_split
+from framework.datamodules.checks import check_amount, check_at_least, check_cache, check_fraction
+from framework.datamodules.datasets import Images, LabelledImages, whole
+from framework.datamodules.decoding import check_images
+from framework.datamodules.folders import ImageFiles, few_of_each_class, joined, stratified_split
+from framework.datamodules.pixels import PixelDataModule, Place
 from framework.datamodules.split_manifest import split_identity, split_table, write_manifest
 from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
-from framework.datamodules.transforms import AREAS, Crop, Views, evaluation_transform, resized_side, training_transform
+from framework.datamodules.transforms import evaluation_transform, resized_side
 from framework.datamodules.workers import leave_stopping_to_the_run
 from framework.errors import ConfigurationError
 from framework.networks.preprocessing import Preprocessing
 from framework.progress import batches_processed
-from framework.reports import report
 from framework.seeding import global_seed
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(PixelDataModule):
     """Base of the datamodules on image folders.
 
     Images travel as uint8 and are normalised as a batch on the device. Training loaders serve endless streams whose
@@ -65,11 +55,15 @@ class ImageDataModule(L.LightningDataModule):
         blur: probability of blurring a training image.
         mean, std: per-channel statistics of the normalisation, for images in [0, 1]; default: as ``image_size``.
         check_images: decode every file once before training, so that a corrupt one ends the run at its start.
+        augment_on: where random views of training images are made: by the ``loader``, image by image, or on the
+            ``device``, a batch at once, for an accelerator that waits for few cores. The views are the same but for
+            rounding; those of validation are always the loader's.
         cache: decode each image of a folder once, resized for the crop, and keep the pixels in ``memory``, or on
             ``disk`` for later runs too; batches are the same ones, bit for bit. Processes of one machine share them.
         cache_dir: folder for ``disk``, of which anything may be deleted at any time; default: ``transfer-framework`` in
             the user's folder of caches (``$XDG_CACHE_HOME`` or ``~/.cache``).
-        num_workers: loader processes per domain.
+        num_workers: loader processes per domain, which change no batch. Without a cache as many as there are cores to
+            spare; from a cache a crop costs less than handing it from process to process: 0 on a few cores.
         seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
     """
 
@@ -92,45 +86,40 @@ class ImageDataModule(L.LightningDataModule):
         blur: float = 0.0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        augment_on: Place = "loader",
         check_images: bool = True,
         cache: Storage = "none",
         cache_dir: str | None = None,
         num_workers: int = 2,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            image_size=image_size,
+            resize_size=resize_size,
+            views=views,
+            crop=crop,
+            crop_scale=crop_scale,
+            horizontal_flip=horizontal_flip,
+            color_jitter=color_jitter,
+            grayscale=grayscale,
+            blur=blur,
+            mean=mean,
+            std=std,
+            augment_on=augment_on,
+        )
         self.save_hyperparameters(logger=False)
         check_at_least("--data.batch_size", batch_size, 1)
         check_at_least("--data.eval_batch_size", eval_batch_size, 1)
         check_at_least("--data.steps_per_epoch", steps_per_epoch, 1)
-        check_at_least("--data.image_size", image_size, 1)
         check_at_least("--data.num_workers", num_workers, 0)
         check_cache(cache)
         check_fraction("--data.val_fraction", val_fraction)
         check_amount("--data.labels_per_class", labels_per_class)
-        if resize_size is not None and image_size is not None:
-            check_resize(resize_size, image_size)
-        check_at_least("--data.views", views, 1)
-        check_augmentation(crop_scale, color_jitter, grayscale, blur)
-        check_statistics(mean, std)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.steps_per_epoch = steps_per_epoch
         self.val_fraction = val_fraction
         self.labels_per_class = labels_per_class
-        training_transform(1, 1, crop, horizontal_flip)  # a crop that there is not
-        self.views = views
-        self.crop, self.horizontal_flip = crop, horizontal_flip
-        self.crop_scale = (crop_scale[0], crop_scale[1])
-        self.color_jitter, self.grayscale, self.blur = color_jitter, grayscale, blur
-        self._given: dict[str, Any] = {
-            "image_size": image_size,
-            "mean": None if mean is None else tuple(mean),
-            "std": None if std is None else tuple(std),
-        }
-        self._resize_size = resize_size
-        self._restored_preprocessing: Preprocessing | None = None
-        self._announced: Preprocessing | None = None
         self.check_images = check_images
         self.cache, self.cache_dir = cache, cache_dir
         self._caches: dict[tuple[Any, ...], ImageCache] = {}
@@ -139,7 +128,6 @@ class ImageDataModule(L.LightningDataModule):
         self._restored_batches = 0
         self._splits: dict[str, ImageFiles] = {}
         self._used: dict[str, ImageFiles] = {}
-        self._columns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ what a subclass says
     @property
@@ -155,74 +143,6 @@ class ImageDataModule(L.LightningDataModule):
     def _scan(self, stage: str) -> None:
         """Find the files of a stage (``fit``, ``validate``, ``test``, ``predict``) and check them."""
         raise AttributeError("_scan")
-
-    # ------------------------------------------------------------------ what the network sees
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """Image size and normalisation: what was given, else what the Trainer's module expects.
-
-        Looked up every time: a checkpoint, which may tell the module, is restored after ``setup``.
-        """
-        module = None if self.trainer is None else self.trainer.lightning_module
-        expected = getattr(module, "preprocessing", None)
-        if not isinstance(expected, Preprocessing):  # a module of the user's own
-            expected = self._restored_preprocessing or Preprocessing()
-        return expected._replace(**{name: value for name, value in self._given.items() if value is not None})
-
-    @property
-    def image_size(self) -> int:
-        """Height and width that the network sees, in pixels."""
-        return self.preprocessing.image_size
-
-    @property
-    def resize_size(self) -> int:
-        """The square that images are resized to before a crop, in pixels."""
-        if self._resize_size is None:
-            return round(self.image_size * 256 / 224)
-        check_resize(self._resize_size, self.image_size)
-        return self._resize_size
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Of the three channels, for images in [0, 1]."""
-        return self.preprocessing.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation of the three channels, for images in [0, 1]."""
-        return self.preprocessing.std
-
-    @property
-    def train_transform(self) -> v2.Transform:
-        """From the pixels of a file to a training image, both uint8."""
-        return self._train_transform()
-
-    def _train_transform(self, resized: bool = False) -> v2.Transform:
-        return training_transform(
-            self.image_size,
-            self.resize_size,
-            self.crop,
-            self.horizontal_flip,
-            resized=resized,
-            crop_scale=self.crop_scale,
-            color_jitter=self.color_jitter,
-            grayscale=self.grayscale,
-            blur=self.blur,
-        )
-
-    @property
-    def eval_transform(self) -> v2.Transform:
-        """From the pixels of a file to an image for evaluation, both uint8."""
-        return evaluation_transform(self.image_size, self.resize_size, self.crop)
-
-    def _announce(self) -> None:
-        """Say once what was not given, where a run is about to use it."""
-        missing = [name for name, value in self._given.items() if value is None]
-        if self.trainer is None or not missing or self._announced == self.preprocessing:
-            return
-        self._announced = self.preprocessing
-        values = ", ".join(f"`--data.{name}` {getattr(self, name)}" for name in missing)
-        report(f"Images as the backbone expects them: {values}.")
 
     # ------------------------------------------------------------------ before training
     def prepare_data(self) -> None:
@@ -376,11 +296,11 @@ class ImageDataModule(L.LightningDataModule):
         self._restored_batches = state["batches"]
 
     # ------------------------------------------------------------------ images, decoded or cached
-    def _training_images(self, samples: type[Images], files: ImageFiles) -> Images:
-        """A dataset of random views."""
+    def _training_images(self, samples: type[Images], files: ImageFiles, planned: bool = False) -> Images:
+        """A dataset of random views, or with ``planned`` of what they are to be."""
         cached = self._cached(files)
         transform = self.train_transform if cached is None else self._train_transform(resized=True)
-        return samples(files, transform if self.views == 1 else Views(transform, self.views), cached)
+        return samples(files, transform, cached, self.views, planned)
 
     def _evaluation_images(self, samples: type[Images], files: ImageFiles) -> Images:
         """A dataset of images as evaluation sees them."""
@@ -430,7 +350,8 @@ class ImageDataModule(L.LightningDataModule):
         seed = self._stream_seed(stream)
         sampler = StreamSampler(files.domains, batch_size, steps, seed, self._rank, self._world_size, self._processed)
         return DataLoader(
-            SeededDraws(self._training_images(samples, files), seed),
+            SeededDraws(self._training_images(samples, files, self.augment_on == "device"), seed),
+            collate_fn=whole,
             batch_size=batch_size,
             sampler=sampler,
             drop_last=True,
@@ -451,6 +372,7 @@ class ImageDataModule(L.LightningDataModule):
         self._announce()
         return DataLoader(
             dataset,
+            collate_fn=whole,
             batch_size=self.eval_batch_size,
             sampler=EvaluationShard(size, self._rank, self._world_size),
             num_workers=self.num_workers,
@@ -458,35 +380,3 @@ class ImageDataModule(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # else iterating draws from the run's generator
             worker_init_fn=leave_stopping_to_the_run,
         )
-
-    # ------------------------------------------------------------------ pixels
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalise the images of a batch on its device."""
-        if isinstance(batch, DomainBatch):
-            source = batch.source._replace(images=self.normalize(batch.source.images))
-            return DomainBatch(source, self.normalize(batch.target))
-        if isinstance(batch, LabelledBatch | UnlabelledBatch | PredictionBatch):
-            return batch._replace(images=self.normalize(batch.images))
-        return self.normalize(batch)
-
-    def _statistics(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        _, mean, std = self.preprocessing
-        key = (device, dtype, mean, std)
-        if key not in self._columns:  # once: a copy to the device makes the host wait
-            with torch.inference_mode(False):
-                columns = torch.tensor([mean, std], dtype=dtype, device=device).view(2, 3, 1, 1)
-            self._columns[key] = (columns[0], columns[1])
-        return self._columns[key]
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 ``[N, 3, H, W]`` to floats of the model's precision with the given mean and standard deviation."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        dtype = torch.float32 if module is None else module.dtype
-        mean, std = self._statistics(images.device, dtype)  # type: ignore[arg-type]
-        # in place: the memory of each intermediate result costs more than its arithmetic
-        return images.to(dtype, copy=True).div_(255).sub_(mean).div_(std)
-
-    def denormalize(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`normalize`, clipped to [0, 1], for showing images."""
-        mean, std = self._statistics(images.device, images.dtype)
-        return (images * std + mean).clamp(0, 1)

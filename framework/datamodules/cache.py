@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
-from framework.datamodules.folders import ImageFiles, read_pixels, unreadable
+from framework.datamodules.decoding import read_pixels, unreadable
+from framework.datamodules.folders import ImageFiles
 from framework.errors import ConfigurationError
 from framework.reports import logger
 
@@ -38,6 +40,11 @@ SUFFIX = ".pixels"
 
 class ImageCache:
     """The resized images of a folder by their place in the sorted list, uint8 ``[3, side, side]`` each.
+
+    In the file the channels are innermost: so decoders give them, and so resizing takes them best.
+
+    Attributes:
+        pixels: all of them, ``[N, 3, side, side]``, in the file itself: to be read only.
 
     Opening it finds the file or writes it; of several processes one writes, and the others wait for it. Files in memory
     are removed when the last process that has them open ends or lets go of them; what a killed process leaves behind,
@@ -87,7 +94,7 @@ class ImageCache:
 
     def __getitem__(self, index: int) -> Tensor:
         """A copy of image ``index``, uint8 ``[3, side, side]``."""
-        return torch.from_numpy(self.pixels[index].copy())
+        return self.pixels[index].clone()
 
     @property
     def size(self) -> int:
@@ -101,7 +108,10 @@ class ImageCache:
         with self.file.open("rb") as file:
             # shared, and not written to: the pages are the same ones in every process
             content = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
-        self.pixels = np.frombuffer(content, np.uint8).reshape(len(self.paths), 3, self.side, self.side)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nobody may write to it
+            rows = torch.frombuffer(content, dtype=torch.uint8)
+        self.pixels = rows.view(len(self.paths), self.side, self.side, 3).permute(0, 3, 1, 2)
 
     # ------------------------------------------------------------------ writing
     def _write(self, storage: Storage) -> None:
@@ -126,7 +136,7 @@ class ImageCache:
 
         def decode(first: int) -> None:
             for row in range(first, min(first + 32, len(self.paths))):
-                pixels = resize(read_pixels(self.paths[row])).contiguous().numpy()
+                pixels = resize(read_pixels(self.paths[row])).permute(1, 2, 0).contiguous().numpy()
                 if os.pwrite(file.fileno(), memoryview(pixels).cast("B"), row * pixels.size) != pixels.size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -180,15 +190,11 @@ class CachedImages:
         ]
         self.places = np.array(places, np.int64).reshape(-1, 2)  # a list would be copied in every worker
 
-    def gather(self, indices: Sequence[int]) -> Tensor:
-        """The images at ``indices``, copied at once: uint8 ``[N, 3, side, side]``."""
-        side = self.caches[0].side
-        images = torch.empty(len(indices), 3, side, side, dtype=torch.uint8)
-        rows = images.numpy()
-        for i, index in enumerate(indices):
-            domain, row = self.places[index]
-            rows[i] = self.caches[domain].pixels[row]
-        return images
+    def view(self, index: int) -> Tensor:
+        """Image ``index``, uint8 ``[3, side, side]``, in the file itself: writing to it would end the process."""
+        domain, row = self.places[index].tolist()
+        pixels: Tensor = self.caches[domain].pixels[row]
+        return pixels
 
 
 def _let_go(user: int, file: Path, process: int) -> None:
@@ -272,7 +278,7 @@ def _cache_file(paths: Sequence[str], side: int, storage: Storage, folder: str |
     """The file of these images: its name says all that its bytes depend on."""
     # versions and the processor's instructions: they decide on the pixels to the last bit
     versions = torch.__version__, torchvision.__version__, PIL.__version__, torch.backends.cpu.get_cpu_capability()
-    digest = hashlib.sha256(repr((1, side, *versions)).encode())
+    digest = hashlib.sha256(repr((2, side, *versions)).encode())
     for path in paths:
         try:
             status = os.stat(path)  # noqa: PTH116 (a folder may have a million files)

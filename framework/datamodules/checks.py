@@ -34,6 +34,12 @@ def check_cache(storage: str) -> None:
         raise ConfigurationError(f"Expected `--data.cache` to be 'none', 'memory' or 'disk', but got {storage!r}.")
 
 
+def check_augment_on(place: str) -> None:
+    """Refuse a place for random views that there is not."""
+    if place not in ("loader", "device"):
+        raise ConfigurationError(f"Expected `--data.augment_on` to be 'loader' or 'device', but got {place!r}.")
+
+
 def check_resize(resize_size: int, image_size: int) -> None:
     """Refuse a crop larger than what it is taken from."""
     if resize_size < image_size:

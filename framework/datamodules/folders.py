@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode
-from torchvision.transforms.v2 import functional as transforms
 
 from framework.errors import ConfigurationError
 
@@ -221,92 +214,6 @@ def _shortened(names: Sequence[str], most: int = 10) -> str:
     if not names:
         return "none"
     return ", ".join(repr(name) for name in names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
-def read_image(path: str) -> Tensor:
-    """The pixels of an image file, uint8, ``[3, H, W]``.
-
-    Grey and palette images become RGB, 16-bit grey ones are scaled to 8 bits. Transparency is dropped, and the
-    orientation of EXIF is not applied, as in torchvision's ``ImageFolder``. What the file is, its content says and not
-    its name.
-
-    Raises:
-        OSError, ValueError, SyntaxError: as Pillow does, for a file that it cannot decode.
-    """
-    pixels: Tensor
-    with Image.open(path) as image:
-        # of CMYK there are several readings: Pillow's. PNG is Pillow's too: torchvision 0.29 ends the whole process at
-        # damaged pixels, and is hardly faster
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and hasattr(torch.ops.image, "decode_jpeg"):
-            with open(path, "rb") as file:  # noqa: PTH123 (for each image)
-                content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            with contextlib.suppress(RuntimeError):  # then Pillow says what is wrong with it, or can read it
-                # not through torchvision.io, which warns at every call that another package will follow it one day
-                pixels = torch.ops.image.decode_jpeg(content, ImageReadMode.RGB.value, False)
-                return pixels
-        pixels = transforms.pil_to_tensor(_rgb(image))
-    return pixels
-
-
-def read_pixels(path: str) -> Tensor:
-    """As :func:`read_image`.
-
-    Raises:
-        ConfigurationError: the file cannot be read; names it.
-    """
-    try:
-        return read_image(path)
-    except Exception as error:  # Pillow raises many kinds
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: str, error: Exception) -> ConfigurationError:
-    """What is said of an image that cannot be read."""
-    return ConfigurationError(
-        f"Expected '{path}' to be an image that can be read, but got {type(error).__name__}: {error}. "
-        "`--data.check_images true` finds such files before training."
-    )
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels have no known range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # I;16 and its like; Pillow reads 16-bit PGM as I, and would clip all of them at 255
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def check_images(paths: Sequence[str], flag: str) -> None:
-    """Decode every file once.
-
-    Raises:
-        ConfigurationError: files that cannot be decoded; names the first ones.
-    """
-
-    def problem(path: str) -> str | None:
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (1, 1))  # a JPEG is read to its end, but not brought to full size
-                _rgb(image)
-        except Exception as error:  # Pillow raises many kinds: whatever it is, this file cannot be used
-            return f"'{path}': {_reason(error, path)}"
-        return None
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        problems = [text for text in pool.map(problem, paths, chunksize=16) if text is not None]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-        raise ConfigurationError(
-            f"Expected every file of `{flag}` to be an image that can be read, but {len(problems)} of {len(paths)} "
-            f"cannot: {shown}. Remove or mend them."
-        )
-
-
-def _reason(error: Exception, path: str) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "empty" if os.path.getsize(path) == 0 else "not an image"  # noqa: PTH202
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def few_of_each_class(files: ImageFiles, amount: int | float, seed: int, flag: str) -> tuple[list[int], list[int]]:

@@ -6,16 +6,14 @@ run that stops anywhere and resumes sees the batches, and the augmentations, of 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from framework.datamodules.datasets import Images
+from framework.datamodules.datasets import Images, first, seeded
 
 
 class Draw(int):
@@ -99,7 +97,11 @@ class StreamSampler(DistributedSampler[Any]):
 
 
 class SeededDraws(Dataset[Any]):
-    """Augments each draw from ``(seed, number of the draw)``: whatever worker, rank or resumed run asks for it."""
+    """Augments each draw from ``(seed, number of the draw)``: whatever worker, rank or resumed run asks for it.
+
+    Of another dataset than :class:`~framework.datamodules.datasets.Images` each sample is taken with the generators of
+    torch, ``random`` and NumPy set to the draw's seed.
+    """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -108,32 +110,25 @@ class SeededDraws(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
+        if isinstance(self.dataset, Images):
+            return first(self.__getitems__([index]))
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        """A whole batch, so that the run's own generators are set aside once and not for every image."""
-        plain = [int(index) for index in indices]
-        images = self.dataset if isinstance(self.dataset, Images) else None
-        pixels = iter(()) if images is None else iter(images.pixels(plain))  # what is cached is copied at once
-        # the generator itself: torch.manual_seed costs a hundred times more on a CUDA build without a GPU
-        states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-        try:
-            samples = []
-            for index, draw in zip(plain, indices, strict=True):
-                self._seed(draw)
-                samples.append(self.dataset[index] if images is None else images.sample(index, next(pixels)))
-            return samples
-        finally:  # without workers these are the run's own generators
-            torch.default_generator.set_state(states[0])
-            random.setstate(states[1])
-            np.random.set_state(states[2])
+    def __getitems__(self, indices: list[int]) -> Any:
+        """A whole batch."""
+        plain, seeds = [int(index) for index in indices], [self.seed_of(index) for index in indices]
+        if isinstance(self.dataset, Images):
+            return self.dataset.batch(plain, seeds)
+        samples = []
+        for index, seed in zip(plain, seeds, strict=True):
+            with seeded(seed):
+                samples.append(self.dataset[index])
+        return samples
 
-    def _seed(self, index: int) -> None:
+    def seed_of(self, index: int) -> int:
+        """The seed of a draw's random numbers: with it set, calling a transform by hand gives what the loader gives."""
         number = getattr(index, "number", index)  # a plain index comes from Trainer(overfit_batches=...)
-        seed = (self.seed * 2_000_003 + int(number)) % (1 << 63)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
+        return (self.seed * 2_000_003 + int(number)) % (1 << 63)
 
 
 class EvaluationShard(DistributedSampler[Any]):

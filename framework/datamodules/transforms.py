@@ -1,17 +1,13 @@
-"""What happens to the pixels: geometry on uint8 tensors of one image, normalisation on the batch."""
+"""The transforms of training and of evaluation: on uint8 tensors of one image; batches are normalised later."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
-import torch
-from torch import Tensor
 from torchvision.transforms import v2
 
+from framework.datamodules.augmentation import AREAS, Augmentation, Crop, TrainingTransform
 from framework.errors import ConfigurationError
-
-Crop = Literal["random_resized", "pad", "center", "none"]
-AREAS = (0.08, 1.0)  # Szegedy 2015
 
 
 def resized_side(image_size: int, resize_size: int, crop: Crop) -> int:
@@ -33,7 +29,7 @@ def training_transform(
     color_jitter: float = 0.0,
     grayscale: float = 0.0,
     blur: float = 0.0,
-) -> v2.Transform:
+) -> TrainingTransform:
     """The random transform of a training image, uint8 ``[3, H, W]`` to uint8 ``[3, image_size, image_size]``.
 
     Colours and blur as in SimCLR (Chen et al., ICML 2020, appendix A), in its order.
@@ -52,47 +48,14 @@ def training_transform(
         blur: probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels; its kernel is about a tenth
             of the image.
     """
-    steps = _first_step(image_size, resize_size, crop, resized)
-    if crop == "random_resized":
-        steps.append(v2.RandomResizedCrop(image_size, crop_scale, antialias=True))
-    elif crop == "center":
-        steps.append(v2.CenterCrop(image_size))
-    elif crop == "pad":
-        steps.append(v2.RandomCrop(image_size, padding=4))
-    elif crop != "none":
+    if crop not in get_args(Crop):
         raise ConfigurationError(
             f"Expected `--data.crop` to be 'random_resized', 'pad', 'center' or 'none', but got {crop!r}."
         )
-    if horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if color_jitter:
-        change = 0.8 * color_jitter
-        steps.append(v2.RandomApply([v2.ColorJitter(change, change, change, 0.2 * color_jitter)], p=0.8))
-    if grayscale:
-        steps.append(v2.RandomGrayscale(grayscale))
-    if blur:
-        kernel = max(3, image_size // 10 | 1)  # odd
-        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=blur))
-    return _composed(steps)
-
-
-class Views(v2.Transform):  # type: ignore[misc]
-    """Several random views of one image: uint8 ``[3, H, W]`` to ``[views, 3, image_size, image_size]``.
-
-    The first one is the view that the transform alone would make from the same random numbers.
-
-    Args:
-        transform: the random transform.
-        views: how many.
-    """
-
-    def __init__(self, transform: v2.Transform, views: int) -> None:
-        super().__init__()
-        self.view, self.views = transform, views
-
-    def forward(self, image: Tensor) -> Tensor:
-        """The views, stacked."""
-        return torch.stack([self.view(image) for _ in range(self.views)])
+    side = resized_side(image_size, resize_size, crop)
+    return TrainingTransform(
+        Augmentation(image_size, side, crop, horizontal_flip, crop_scale, color_jitter, grayscale, blur), resized
+    )
 
 
 def evaluation_transform(image_size: int, resize_size: int, crop: Crop, *, resized: bool = False) -> v2.Transform:
@@ -100,16 +63,7 @@ def evaluation_transform(image_size: int, resize_size: int, crop: Crop, *, resiz
 
     With ``resized`` without the fixed resize, as :func:`training_transform`.
     """
-    steps = _first_step(image_size, resize_size, crop, resized)
+    steps = [] if resized else [v2.Resize((side := resized_side(image_size, resize_size, crop), side))]
     if crop in ("random_resized", "center"):
         steps.append(v2.CenterCrop(image_size))
-    return _composed(steps)
-
-
-def _first_step(image_size: int, resize_size: int, crop: Crop, resized: bool) -> list[v2.Transform]:
-    side = resized_side(image_size, resize_size, crop)
-    return [] if resized else [v2.Resize((side, side))]
-
-
-def _composed(steps: list[v2.Transform]) -> v2.Transform:
     return v2.Compose(steps) if steps else v2.Identity()

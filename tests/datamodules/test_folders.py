@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from framework.datamodules import folders
+from framework.datamodules import decoding
+from framework.datamodules.decoding import check_images, read_image
 from framework.datamodules.folders import (
-    check_images,
     class_names,
     labelled_images,
-    read_image,
     stratified_split,
     unlabelled_images,
 )
@@ -265,13 +264,13 @@ def test_jpegs_are_pillows(tmp_path: Path, name: str, mode: str) -> None:
 def test_jpegs_are_decoded_natively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the others by Pillow: grey, colour, CMYK; and where torchvision is built without."""
     decoded: list[str] = []
-    pillow = folders._rgb
-    monkeypatch.setattr(folders, "_rgb", lambda image: decoded.append(image.mode) or pillow(image))
+    pillow = decoding._rgb
+    monkeypatch.setattr(decoding, "_rgb", lambda image: decoded.append(image.mode) or pillow(image))
     for i, mode in enumerate(["RGB", "L", "CMYK"]):
         photograph().convert(mode).save(tmp_path / f"{i}.jpg")
         read_image(str(tmp_path / f"{i}.jpg"))
     assert decoded == ["CMYK"]
-    monkeypatch.setattr(folders.torch.ops, "image", object())
+    monkeypatch.setattr(decoding.torch.ops, "image", object())
     assert torch.equal(read_image(str(tmp_path / "0.jpg")), by_pillow(tmp_path / "0.jpg"))
     assert decoded == ["CMYK", "RGB"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from framework.batch import LabelledBatch, PredictionBatch
 from framework.datamodules import ImageFolderDataModule
-from framework.datamodules.folders import read_image
+from framework.datamodules.decoding import read_image
 from framework.errors import ConfigurationError
 
 Writer = Callable[..., Path]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from framework.batch import DomainBatch, LabelledBatch
 from framework.datamodules import DomainPairDataModule
-from framework.datamodules.folders import read_image
+from framework.datamodules.decoding import read_image
 from framework.datamodules.streams import StreamSampler
 from framework.errors import ConfigurationError
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from framework.datamodules import ImageFolderDataModule
+from framework.datamodules.normalization import Normalization
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -27,6 +28,43 @@ def test_denormalize_is_the_inverse(domains: Path) -> None:
     assert normalised[0, 1, 0, 255].item() == pytest.approx((1 - 0.5) / 0.3)
     assert torch.equal(data.denormalize(normalised).mul(255).round().to(torch.uint8), pixels)
     assert data.denormalize(torch.full((1, 3, 1, 1), 100.0)).max() == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 8), (4, 3, 9, 8), (4, 2, 3, 9, 8)])
+@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 0.01), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize("may", [False, True])
+def test_normalized_pixels(
+    shape: tuple[int, ...], innermost: bool, dtype: torch.dtype, error: float, may: bool
+) -> None:
+    """Whatever their layout in memory is, which is kept where it may be."""
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    columns = torch.tensor([MEAN, STD], dtype=torch.float64).view(2, 3, 1, 1)
+    expected = (pixels.double() / 255 - columns[0]) / columns[1]
+    given = pixels.movedim(-3, -1).contiguous().movedim(-1, -3) if innermost else pixels
+    normalization = Normalization()
+    found = normalization.apply(given, MEAN, STD, dtype, channels_last=may)
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() < error
+    assert found.movedim(-3, -1).is_contiguous() == (innermost and may)
+    assert found.is_contiguous() != (innermost and may)
+    assert (normalization.invert(found, MEAN, STD).double() - pixels.double() / 255).abs().max() < error
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+def test_images_have_the_layout_of_the_models_weights(
+    domains: Path, make_recorder: Any, trainer: Any, innermost: bool
+) -> None:
+    recorder = make_recorder()
+    recorder.convolution = torch.nn.Conv2d(3, 4, 3)
+    if innermost:
+        recorder.to(memory_format=torch.channels_last)
+    trainer(max_epochs=1).fit(recorder, build(domains))
+    for images in (recorder.seen["train"][0].images, recorder.seen["val"][0][1].images):
+        assert images.is_contiguous() != innermost
+        assert images.is_contiguous(memory_format=torch.channels_last) == innermost
 
 
 def test_pixels_that_are_given_are_not_changed(domains: Path) -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pickle
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
+from framework.datamodules.datasets import LabelledImages
+from framework.datamodules.datasets import whole as whole_batches
+from framework.datamodules.decoding import read_image
+from framework.datamodules.folders import ImageFiles
 from framework.datamodules.streams import Draw, EvaluationShard, SeededDraws, StreamSampler
+from framework.datamodules.transforms import training_transform
 
 
 def stream(size: int, batch_size: int = 4, steps: int = 5, seed: int = 3, rank: int = 0, world: int = 1, at: int = 0):
@@ -165,3 +174,80 @@ def test_evaluation_counts_every_sample_once(size: int, world: int) -> None:
     assert sorted(index for shard in shards for index in shard) == list(range(size))
     assert sum(len(shard) for shard in shards) == size
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+# ---------------------------------------------------------------------- images, whose batches are made as a whole
+def pictures(folder: Path, transform: v2.Transform, count: int = 7, **options: Any) -> LabelledImages:
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(1)
+    paths = [str(folder / f"{i}.png") for i in range(count)]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 256, (20, 23, 3)).astype(np.uint8)).save(path)
+    return LabelledImages(ImageFiles([folder], paths, list(range(count)), [], [0] * count), transform, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_loader_gives_what_the_transform_gives_by_hand(tmp_path: Path, workers: int, views: int) -> None:
+    transform = training_transform(12, 16, "random_resized", True, color_jitter=0.5, grayscale=0.2, blur=0.5)
+    dataset = pictures(tmp_path, transform, views=views)
+    samples = SeededDraws(dataset, 11)
+    loader = DataLoader(
+        samples, 4, sampler=stream(7, at=3), collate_fn=whole_batches, num_workers=workers, generator=torch.Generator()
+    )
+    draws = iter(stream(7, at=3))
+    for images, labels, domains in loader:
+        assert labels.dtype == domains.dtype == torch.int64
+        for image, label in zip(images, labels, strict=True):
+            draw = next(draws)
+            assert label == int(draw)
+            torch.manual_seed(samples.seed_of(draw))
+            for view in image if views > 1 else [image]:
+                assert torch.equal(view, transform(read_image(dataset.files.paths[draw])))
+    assert next(draws, None) is None
+
+
+def test_images_leave_the_runs_generators_alone_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only in the end: another thread may be drawing."""
+    transform = training_transform(12, 16, "random_resized", True, color_jitter=1.0, grayscale=0.5, blur=1.0)
+    state, looks = torch.get_rng_state(), []
+    view = type(transform).view
+
+    def looked_at(*arguments: Any, **options: Any) -> torch.Tensor:
+        looks.append(torch.equal(torch.get_rng_state(), state))
+        return view(*arguments, **options)
+
+    monkeypatch.setattr(type(transform), "view", looked_at)
+    samples = SeededDraws(pictures(tmp_path, transform), 0)
+    list(DataLoader(samples, 4, sampler=stream(7), collate_fn=whole_batches, generator=torch.Generator()))
+    assert looks == [True] * 20
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Own(v2.Transform):  # type: ignore[misc]
+    """A user's transform that draws from every generator there is."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()]).mul(255).byte().view(3, 1, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_transform_of_the_users_own_is_as_reproducible(tmp_path: Path, workers: int) -> None:
+    samples = SeededDraws(pictures(tmp_path, Own()), 11)
+    torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)
+    loader = DataLoader(
+        samples, 4, sampler=stream(7, at=3), collate_fn=whole_batches, num_workers=workers, generator=torch.Generator()
+    )
+    images = torch.cat([batch.images for batch in loader])
+    assert torch.equal(images, torch.stack([samples[draw].images for draw in stream(7, at=3)]))
+    assert len(images.flatten(1).unique(dim=0)) == 20
+
+
+def test_a_single_sample_is_as_in_a_batch(tmp_path: Path) -> None:
+    dataset = pictures(tmp_path, training_transform(12, 16, "pad", True), planned=True)
+    images, plans = SeededDraws(dataset, 1)[3].images
+    together = SeededDraws(dataset, 1).__getitems__([2, 3]).images
+    assert torch.equal(images, together.images[1])
+    assert torch.equal(plans, together.plans[1])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from framework.batch import UnlabelledBatch
 from framework.datamodules import DomainPairDataModule, ImageFolderDataModule, UnlabelledFolderDataModule
-from framework.datamodules.folders import read_image
+from framework.datamodules.decoding import read_image
 from framework.errors import ConfigurationError
 from framework.modules import ResidualClassifier, RotationPrediction, SourceOnly
 

@@ -28,13 +28,19 @@ def test_quick_run(tmp_path: Path, capsys: Any) -> None:
         "32",
         "--workers",
         "0",
+        "--prefetch_threads",
+        "2",
+        "--augment_on_device",
     ]
     assert benchmark_input.main([*small, *arguments]) == 0
     results = json.loads(paths["json"].read_text())
     rows = {
         "ImageFolder, Pillow, v1 transforms",
         "decoded each time, 0 workers",
+        "decoded each time, 2 threads",
         "`--data.cache memory`, 0 workers",
+        "`--data.cache memory`, 2 threads",
+        "`--data.cache memory --data.augment_on device`, 0 workers",
         "gather + normalise from cache",
     }
     assert {kind: set(found) for kind, found in results["kinds"].items()} == {

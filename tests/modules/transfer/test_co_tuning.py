@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from framework import CoTuning, ImageFolderDataModule, Trainer
 from framework.batch import LabelledBatch
-from framework.datamodules.folders import read_image
+from framework.datamodules.decoding import read_image
 from framework.errors import ConfigurationError
 from framework.functional import direct_relationship, reverse_relationship
 from framework.modules.transfer import co_tuning
