@@ -81,6 +81,7 @@ def faults(script: str, *arguments: str, **environment: str) -> list[int]:
     return [int(line.split()[-1]) for line in run.stdout.splitlines() if line.split()[-1].isdigit()]
 
 
+@pytest.mark.slow
 @glibc
 @pytest.mark.parametrize("where", ["main", "thread"])
 def test_memory_is_not_taken_again(where: str) -> None:
@@ -96,6 +97,7 @@ def test_as_by_the_environment() -> None:
     assert sum(faults(STEPS, "plain", "main", **environment)[4:]) < 30_000
 
 
+@pytest.mark.slow
 @glibc
 def test_a_fit_keeps_its_memory(tmp_path: Path, images: Any) -> None:
     images(tmp_path / "data", ["a", "b"], count=48, size=64)

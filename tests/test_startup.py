@@ -39,6 +39,7 @@ def test_help_is_there_at_once() -> None:
         assert not found & (HEAVY | EXTRAS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

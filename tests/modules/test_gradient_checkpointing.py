@@ -71,6 +71,7 @@ def test_pretraining_is_the_same(tmp_path: Path, images: Any) -> None:
     assert contract.equal(*found)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same(domains: Path, tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB)

@@ -68,6 +68,7 @@ def test_the_seed_decides_the_split(cells: Path, tmp_path: Path) -> None:
     assert written(tmp_path / "other") != first
 
 
+@pytest.mark.slow
 def test_uncertain_cells_are_added_by_the_nearer_label(
     cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
