@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import contract
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -121,3 +122,23 @@ def test_the_loss_as_callbacks_and_progress_bar_see_it(images: Callable[..., Pat
     assert shown == [(pytest.approx(every[i]), pytest.approx(every[i])) for i in due]
     means = [row["train/loss"] for _, row in logger.rows if "train/loss" in row]
     assert means == pytest.approx([sum(every[i : i + 4]) / 4 for i in (0, 4, 8)])
+
+
+@pytest.mark.parametrize("method", contract.methods(), ids=lambda method: method.__name__)
+def test_a_row_is_the_mean_of_its_steps(method: Any, domains: Path) -> None:
+    """Whatever a method measures, and however often a row is written."""
+    rows = {}
+    for every in (1, 4):
+        logger = Rows()
+        contract.fit(method, domains, max_steps=4, max_epochs=-1, log_every_n_steps=every, logger=logger)
+        rows[every] = [row for _, row in logger.rows if "train/loss" in row]
+    assert len(rows[1]) == 4
+    (found,) = rows[4]
+    values: dict[str, list[float]] = {}
+    for row in rows[1]:
+        for name in row:
+            if "_norm/" not in name and "learning_rate" not in name:  # of the row's own step
+                values.setdefault(name, []).append(row[name])
+    means = {name: sum(each) / len(each) for name, each in values.items()}
+    assert len(means) > 2 or method.__name__ == "SourceOnly"
+    assert {name: found[name] for name in means} == pytest.approx(means, rel=1e-4, abs=1e-5)

@@ -39,11 +39,10 @@ def domain_cross_entropy(logits: Tensor, is_source: bool, source_label: int = 1)
     return F.softplus(-logits if is_source == (source_label == 1) else logits)
 
 
-@full_precision
 def domain_errors(logits: Tensor, is_source: bool, source_label: int = 1) -> Tensor:
-    """1 where a discriminator takes an image for one of the other domain, else 0; the shape of ``logits``."""
+    """1 where a discriminator takes an image for one of the other domain, else 0; the shape of ``logits``, float32."""
     wrong = logits <= 0 if is_source == (source_label == 1) else logits > 0
-    return wrong.to(logits.dtype)
+    return wrong.float()
 
 
 class AdversarialLoss(AlignmentLoss):
@@ -115,14 +114,16 @@ class AdversarialLoss(AlignmentLoss):
         parts = logits[:source_count], logits[source_count:]
         losses = [domain_cross_entropy(part, i == 0, self.source_label) for i, part in enumerate(parts)]
         errors = [domain_errors(part, i == 0, self.source_label).mean() for i, part in enumerate(parts)]
+        plain = losses[0].mean() + losses[1].mean()
         self.diagnostics = {
             **self.diagnostics,
-            "domain_loss": (losses[0].mean() + losses[1].mean()).detach() / 2,
+            "domain_loss": plain.detach() / 2,
             "domain_accuracy": 1 - (errors[0] + errors[1]) / 2,
         }
-        if weights is not None:
-            losses = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
-        return self.domain_factor * (losses[0].mean() + losses[1].mean())
+        if weights is None:
+            return self.domain_factor * plain
+        weighted = [(weight * loss).mean() for weight, loss in zip(weights, losses, strict=True)]
+        return self.domain_factor * (weighted[0] + weighted[1])
 
     def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
         """A discriminator that is right on all images, while the features should have been turned against it."""
