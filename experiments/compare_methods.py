@@ -49,7 +49,10 @@ METHODS = {PAIR: HERE / "methods", "ImageFolderDataModule": HERE / "transfer"}
 BASELINES = {PAIR: "source_only", "ImageFolderDataModule": "full"}
 FOLDERS = ("root", "source", "target", "source_val", "target_val", "target_test", "predict", "folders")
 # where a run is done and what it shows, not what comes out
-ASIDE = {"data": {"num_workers", "eval_batch_size", "check_images", "predict"}, "trainer": {"enable_progress_bar"}}
+ASIDE = {
+    "data": {"num_workers", "workers", "eval_batch_size", "check_images", "predict"},
+    "trainer": {"enable_progress_bar"},
+}
 
 
 # ---------------------------------------------------------------------- what a cell is

@@ -415,9 +415,9 @@ def test_split_that_has_changed(
     assert "`--data.val_fraction`" in message
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", ["0", "1", "1 --data.workers threads"])
 def test_unchecked_corrupt_file(
-    workers: int, domains: Path, w: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+    workers: str, domains: Path, w: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = f"--data.source {w}/corrupt --data.check_images false --data.num_workers {workers} "
     epochs = "--trainer.limit_train_batches 1.0 --data.steps_per_epoch 20"

@@ -50,7 +50,13 @@ def _final(trainer: L.Trainer, prefix: str) -> dict[str, float]:
     }
 
 
-IDLE = ("check_images", "eval_batch_size", "num_workers", "seed")  # options of the data that change no result
+IDLE = (
+    "check_images",
+    "eval_batch_size",
+    "num_workers",
+    "workers",
+    "seed",
+)  # options of the data that change no result
 
 
 def hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from framework.datamodules.augmentation import AREAS, Crop
+from framework.datamodules.augmentation import AREAS, Crop, TrainingTransform
 from framework.datamodules.cache import CachedImages, ImageCache, Storage
-from framework.datamodules.checks import check_amount, check_at_least, check_cache, check_fraction
+from framework.datamodules.checks import check_amount, check_at_least, check_cache, check_fraction, check_workers
 from framework.datamodules.datasets import Images, LabelledImages, whole
 from framework.datamodules.decoding import check_images
 from framework.datamodules.folders import ImageFiles, few_of_each_class, joined, stratified_split
@@ -19,7 +19,7 @@ from framework.datamodules.pixels import PixelDataModule, Place
 from framework.datamodules.split_manifest import split_identity, split_table, write_manifest
 from framework.datamodules.streams import EvaluationShard, SeededDraws, StreamSampler
 from framework.datamodules.transforms import evaluation_transform, resized_side
-from framework.datamodules.workers import leave_stopping_to_the_run
+from framework.datamodules.workers import Workers, image_loader
 from framework.errors import ConfigurationError
 from framework.networks.preprocessing import Preprocessing
 from framework.progress import batches_processed
@@ -62,8 +62,9 @@ class ImageDataModule(PixelDataModule):
             ``disk`` for later runs too; batches are the same ones, bit for bit. Processes of one machine share them.
         cache_dir: folder for ``disk``, of which anything may be deleted at any time; default: ``transfer-framework`` in
             the user's folder of caches (``$XDG_CACHE_HOME`` or ``~/.cache``).
-        num_workers: loader processes per domain, which change no batch. Without a cache as many as there are cores to
-            spare; from a cache a crop costs less than handing it from process to process: 0 on a few cores.
+        num_workers: workers per domain that make batches ahead of the run; they change no batch.
+        workers: ``threads`` or ``processes``; default: threads where images come from a cache, from which a crop costs
+            less than handing it from process to process, and processes where images are decoded.
         seed: seed of splits, order and augmentation; default: the seed of ``seed_everything``.
     """
 
@@ -91,6 +92,7 @@ class ImageDataModule(PixelDataModule):
         cache: Storage = "none",
         cache_dir: str | None = None,
         num_workers: int = 2,
+        workers: Workers | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -113,6 +115,7 @@ class ImageDataModule(PixelDataModule):
         check_at_least("--data.steps_per_epoch", steps_per_epoch, 1)
         check_at_least("--data.num_workers", num_workers, 0)
         check_cache(cache)
+        check_workers(workers)
         check_fraction("--data.val_fraction", val_fraction)
         check_amount("--data.labels_per_class", labels_per_class)
         self.batch_size = batch_size
@@ -124,6 +127,7 @@ class ImageDataModule(PixelDataModule):
         self.cache, self.cache_dir = cache, cache_dir
         self._caches: dict[tuple[Any, ...], ImageCache] = {}
         self.num_workers = num_workers
+        self.workers: Workers = workers or ("processes" if cache == "none" else "threads")
         self.seed = global_seed() if seed is None else seed
         self._restored_batches = 0
         self._splits: dict[str, ImageFiles] = {}
@@ -349,17 +353,20 @@ class ImageDataModule(PixelDataModule):
         self._announce()
         seed = self._stream_seed(stream)
         sampler = StreamSampler(files.domains, batch_size, steps, seed, self._rank, self._world_size, self._processed)
-        return DataLoader(
-            SeededDraws(self._training_images(samples, files, self.augment_on == "device"), seed),
+        images = self._training_images(samples, files, self.augment_on == "device")
+        # a transform of the user's own may draw from generators that all threads share
+        workers = self.workers if isinstance(images.transform, TrainingTransform) else "processes"
+        return image_loader(
+            SeededDraws(images, seed),
+            self.num_workers,
+            workers,
             collate_fn=whole,
             batch_size=batch_size,
             sampler=sampler,
             drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=True,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(seed),
-            worker_init_fn=leave_stopping_to_the_run,
         )
 
     def _eval_loader(self, dataset: Dataset[Any], flag: str) -> DataLoader[Any]:
@@ -370,13 +377,14 @@ class ImageDataModule(PixelDataModule):
                 f"{size}. Lower `--trainer.devices`."
             )
         self._announce()
-        return DataLoader(
+        return image_loader(
             dataset,
+            self.num_workers,
+            self.workers,
             collate_fn=whole,
             batch_size=self.eval_batch_size,
             sampler=EvaluationShard(size, self._rank, self._world_size),
-            num_workers=self.num_workers,
+            persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else iterating draws from the run's generator
-            worker_init_fn=leave_stopping_to_the_run,
         )

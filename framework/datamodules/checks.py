@@ -34,6 +34,12 @@ def check_cache(storage: str) -> None:
         raise ConfigurationError(f"Expected `--data.cache` to be 'none', 'memory' or 'disk', but got {storage!r}.")
 
 
+def check_workers(workers: str | None) -> None:
+    """Refuse a kind of workers that there is not."""
+    if workers not in (None, "threads", "processes"):
+        raise ConfigurationError(f"Expected `--data.workers` to be 'threads' or 'processes', but got {workers!r}.")
+
+
 def check_augment_on(place: str) -> None:
     """Refuse a place for random views that there is not."""
     if place not in ("loader", "device"):
