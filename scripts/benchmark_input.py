@@ -21,9 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,36 +97,15 @@ def data_module(root: Path, options: argparse.Namespace, **choices: Any) -> Imag
     return data
 
 
-def ours(root: Path, options: argparse.Namespace, workers: int, cache: str, augment_on: str = "loader") -> Epoch:
+def ours(root: Path, options: argparse.Namespace, **choices: Any) -> Epoch:
     """A training epoch of this project's datamodule."""
-    data = data_module(root, options, num_workers=workers, cache=cache, augment_on=augment_on)
+    data = data_module(root, options, **choices)
     loader = data.train_dataloader()
 
     def epoch() -> int:
         count = sum(len(data.on_after_batch_transfer(moved(batch, options), 0).images) for batch in loader)
         wait(options)
         return count
-
-    return epoch
-
-
-def threads(root: Path, options: argparse.Namespace, count: int, cache: str) -> Epoch:
-    """The same with threads that make the next batches, in place of worker processes: no option of this project's."""
-    data = data_module(root, options, num_workers=0, cache=cache)
-    loader = data.train_dataloader()
-
-    def epoch() -> int:
-        images = 0
-        with ThreadPoolExecutor(count) as pool:
-            ahead: deque[Future[Any]] = deque()
-            for indices in [*loader.batch_sampler, *[None] * (count + 1)]:
-                if indices is not None:
-                    ahead.append(pool.submit(loader.dataset.__getitems__, indices))
-                if len(ahead) > count or (indices is None and ahead):
-                    batch = moved(ahead.popleft().result(), options)
-                    images += len(data.on_after_batch_transfer(batch, 0).images)
-        wait(options)
-        return images
 
     return epoch
 
@@ -232,8 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--prefetch_threads", type=int, nargs="*", default=[1, 2], help="in place of workers")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="threads or processes, beside none")
     parser.add_argument("--augment_on_device", action="store_true", help="measure it too; a CPU is slow at it")
     parser.add_argument("--device", default="cpu", help="where batches are normalised, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of this process; a loader's worker has one")
@@ -249,14 +225,19 @@ def main(arguments: list[str] | None = None) -> int:
             root = write_photographs(Path(folder), size, suffix, options.files)
             pipelines = {FLOOR: image_folder(root, options)}
             for cache, name in (("none", "decoded each time"), ("memory", "`--data.cache memory`")):
-                for workers in options.workers:
-                    pipelines[f"{name}, {workers} workers"] = ours(root, options, workers, cache)
-                for count in options.prefetch_threads:
-                    pipelines[f"{name}, {count} threads"] = threads(root, options, count, cache)
+                pipelines[f"{name}, no workers"] = ours(root, options, cache=cache, num_workers=0)
+                for kind_of_workers in ("processes", "threads"):
+                    for count in options.workers:
+                        choices = {"cache": cache, "num_workers": count, "workers": kind_of_workers}
+                        pipelines[f"{name}, {count} {kind_of_workers}"] = ours(root, options, **choices)
             if options.augment_on_device:
-                for workers in options.workers:
-                    name = f"`--data.cache memory --data.augment_on device`, {workers} workers"
-                    pipelines[name] = ours(root, options, workers, "memory", "device")
+                name = "`--data.cache memory --data.augment_on device`"
+                pipelines[f"{name}, no workers"] = ours(
+                    root, options, cache="memory", num_workers=0, augment_on="device"
+                )
+                for count in options.workers:
+                    choices = {"cache": "memory", "num_workers": count, "augment_on": "device"}
+                    pipelines[f"{name}, {count} threads"] = ours(root, options, **choices)
             pipelines[BOUND] = bound(root, options)
             rates = measure(pipelines, options.repeats)
             results["kinds"][kind] = summary(rates)

@@ -27,8 +27,6 @@ def test_quick_run(tmp_path: Path, capsys: Any) -> None:
         "--image_size",
         "32",
         "--workers",
-        "0",
-        "--prefetch_threads",
         "2",
         "--augment_on_device",
     ]
@@ -36,11 +34,14 @@ def test_quick_run(tmp_path: Path, capsys: Any) -> None:
     results = json.loads(paths["json"].read_text())
     rows = {
         "ImageFolder, Pillow, v1 transforms",
-        "decoded each time, 0 workers",
+        "decoded each time, no workers",
+        "decoded each time, 2 processes",
         "decoded each time, 2 threads",
-        "`--data.cache memory`, 0 workers",
+        "`--data.cache memory`, no workers",
+        "`--data.cache memory`, 2 processes",
         "`--data.cache memory`, 2 threads",
-        "`--data.cache memory --data.augment_on device`, 0 workers",
+        "`--data.cache memory --data.augment_on device`, no workers",
+        "`--data.cache memory --data.augment_on device`, 2 threads",
         "gather + normalise from cache",
     }
     assert {kind: set(found) for kind, found in results["kinds"].items()} == {
