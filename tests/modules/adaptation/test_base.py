@@ -237,3 +237,15 @@ def test_gradient_norms_of_the_alignment_alone(domains: Path) -> None:
 
     L.seed_everything(0, verbose=False)
     trainer(callbacks=[Norms()], max_steps=1, log_every_n_steps=1).fit(DAN(3, trade_off=0.7, **OPTIONS), data(domains))
+
+
+def test_gradient_norms_are_measured_where_a_row_is_due(domains: Path) -> None:
+    """A hook in the backward pass costs what ten operations do."""
+    kept: list[int] = []
+
+    class Kept(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            kept.append(sum("gradient_norm" in name for name in module._means._sums))
+
+    trainer(callbacks=[Kept()], max_steps=4, log_every_n_steps=4).fit(DAN(3, **OPTIONS), data(domains))
+    assert kept == [0, 0, 0, 2]
