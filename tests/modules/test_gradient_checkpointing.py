@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
-from framework import ADDA, DANN, MCD, AlignmentSum, ResidualClassifier, SimCLR, SourceOnly
+from framework import ADDA, DANN, MCD, SDAT, AlignmentSum, ResidualClassifier, SimCLR, SourceOnly
 from framework.errors import ConfigurationError
 from framework.networks import Bottleneck
 
@@ -48,10 +48,11 @@ if __name__ == "__main__":
         (DANN, {"backbone_options": {"stochastic_depth": 0.5}}, {"precision": "bf16-mixed"}),
         (MCD, {"batch_norm": "domain_specific"}, {}),
         (ADDA, {}, {}),
+        (SDAT, {"radius": 0.5}, {"accumulate_grad_batches": 2}),
         (AlignmentSum, {"batch_norm": "domain_specific", "terms": {"rotation": 1.0, "mcc": 1.0}}, {}),
         (SourceOnly, {"backbone_learning_rate_factor": 0.0}, {}),
     ],
-    ids=["dann", "specific", "separate", "bf16", "mcd", "adda", "self-supervision", "frozen"],
+    ids=["dann", "specific", "separate", "bf16", "mcd", "adda", "sdat", "self-supervision", "frozen"],
 )
 def test_training_is_the_same(method: Any, model: dict[str, Any], trainer: dict[str, Any], domains: Path) -> None:
     options: dict[str, Any] = {"max_epochs": 1, **trainer}

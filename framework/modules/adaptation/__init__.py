@@ -20,6 +20,7 @@ from framework.modules.adaptation.jan import JAN
 from framework.modules.adaptation.mcc import MCC
 from framework.modules.adaptation.mcd import MCD
 from framework.modules.adaptation.mdd import MDD
+from framework.modules.adaptation.sdat import SDAT
 from framework.modules.adaptation.self_supervision import JigsawLoss as JigsawLoss  # a term of sums
 from framework.modules.adaptation.self_supervision import MaskingLoss as MaskingLoss  # a term of sums
 from framework.modules.adaptation.self_supervision import RotationLoss as RotationLoss  # a term of sums
@@ -42,6 +43,7 @@ __all__ = [
     "MCC",
     "MCD",
     "MDD",
+    "SDAT",
     "SWD",
     "AdaBN",
     "AlignmentLoss",

@@ -197,13 +197,21 @@ class DomainAdaptation(ImageClassifier):
     def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: DomainBatch) -> Tensor:
         """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features,
         every ``log_every_n_steps``."""
+        source, target = self.to_align(source, target, batch)
+        loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
+        return loss
+
+    def to_align(
+        self, source: NetworkOutputs, target: NetworkOutputs, batch: DomainBatch
+    ) -> tuple[NetworkOutputs, NetworkOutputs]:
+        """What an alignment loss takes: the outputs of all processes, with labels, domains and images; draws that
+        follow are the same on all of them."""
         labels = batch.source.labels
         domains = torch.zeros_like(labels) + batch.source.domains  # 0 where it is not said
         source = self.gathered(source._replace(labels=labels, domains=domains))._replace(images=batch.source.images)
         target = self.gathered(target)._replace(images=batch.target)
         self.reseed(SAME_ON_ALL_PROCESSES)  # what the loss draws, on the same gathered batch
-        loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
-        return loss
+        return source, target
 
     def _observed(self, outputs: NetworkOutputs, domain: Domain) -> NetworkOutputs:
         if not self._means.due(self.trainer):
