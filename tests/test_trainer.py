@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -14,6 +14,7 @@ from framework import ImageFolderDataModule, ResidualClassifier, Trainer
 from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, SampleImages
 from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from framework.errors import ConfigurationError
+from framework.trainer import STEP_HOOKS
 
 DEFAULTS = {SampleImages, FinalMetrics, ConfusionMatrix, PredictionWriter, BestCheckpoint, LastCheckpoint}
 
@@ -131,3 +132,51 @@ def test_continuing_a_run(data: ImageFolderDataModule, folder: Path) -> None:
     assert build(experiment="x/y").logger.version == 1  # type: ignore[union-attr]
     with pytest.raises(ConfigurationError, match=r"`--trainer.run` to be the folder of a run, but 'none' is none"):
         build(run="none")
+
+
+class Recorder(Callback):
+    """Defines every hook of a step but one."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def _record(self, name: str) -> None:
+        self.called.append(name)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._record("on_train_batch_start")
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self._record("on_before_zero_grad")
+
+    def on_before_backward(self, *_: Any) -> None:
+        self._record("on_before_backward")
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self._record("on_before_optimizer_step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._record("on_train_batch_end")
+
+
+class Derived(Recorder):
+    """Inherits hooks, and defines the last of them."""
+
+    def on_after_backward(self, *_: Any) -> None:
+        self._record("on_after_backward")
+
+
+def test_hooks_that_a_callback_defines_are_called_and_the_others_passed_over(data: ImageFolderDataModule) -> None:
+    first, second, late = Recorder(), Derived(), Callback()
+    calls: list[str] = []
+    late.on_after_backward = lambda *_: calls.append("late")  # type: ignore[method-assign]
+    trainer = build(callbacks=[first, second, late])
+    trainer.fit(ResidualClassifier(3, backbone="resnet8"), data)
+    assert set(STEP_HOOKS) == set(second.called)
+    assert set(STEP_HOOKS) - set(first.called) == {"on_after_backward"}
+    assert all(second.called.count(name) == 2 for name in STEP_HOOKS)  # batches
+    assert calls == ["late", "late"]
+    assert first.on_after_backward is None
+    assert callable(Callback().on_after_backward)  # of these callbacks alone
+    idle = [c for c in trainer.callbacks if type(c) in DEFAULTS and c.on_before_backward is not None]  # type: ignore[attr-defined]
+    assert not idle
