@@ -22,6 +22,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 
 from framework import ImageFolderDataModule
+from framework.allocator import keep_freed_memory
 from framework.datamodules.cache import CachedImages
 
 FLOOR, BOUND = "ImageFolder, Pillow, v1 transforms", "gather + normalise from cache"
@@ -195,6 +198,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "pillow": PIL.__version__,
+        "imagecodecs": version("imagecodecs") if find_spec("imagecodecs") else "none",
         "images": options.images,
         "batch size": options.batch_size,
         "repeats": options.repeats,
@@ -219,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.files < options.batch_size or options.images < options.batch_size:
         parser.error("Expected `--files` and `--images` to be at least `--batch_size`.")
     torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_freed_memory()  # as in a run there, for all pipelines
     results: dict[str, Any] = {"machine": machine(options), "kinds": {}}
     for kind, (size, suffix) in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import functional as transforms
 
 from framework.errors import ConfigurationError
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # what the files begin with
 
 
 def read_image(path: str) -> Tensor:
@@ -28,18 +32,59 @@ def read_image(path: str) -> Tensor:
         OSError, ValueError, SyntaxError: as Pillow does, for a file that it cannot decode.
     """
     with open(path, "rb") as file:  # noqa: PTH123 (for each image)
-        start = file.read(3)
-        content = bytearray(start + file.read()) if start == b"\xff\xd8\xff" else bytearray()
-    if content and hasattr(torch.ops.image, "decode_jpeg") and _is_plain_jpeg(content):
+        start = file.read(8)
+        content = bytearray(start + file.read()) if start.startswith((JPEG, PNG)) else bytearray()
+    plain: Tensor | None = None
+    if content.startswith(JPEG) and hasattr(torch.ops.image, "decode_jpeg") and _is_plain_jpeg(content):
         with contextlib.suppress(RuntimeError):  # then Pillow says what is wrong with it, or can read it
             # not through torchvision.io, which warns at every call that another package will follow it one day
             coded = torch.frombuffer(content, dtype=torch.uint8)
-            plain: Tensor = torch.ops.image.decode_jpeg(coded, ImageReadMode.RGB.value, False)
-            return plain
-    # PNG is Pillow's too: torchvision 0.29 ends the whole process at damaged pixels, and is no faster
+            plain = torch.ops.image.decode_jpeg(coded, ImageReadMode.RGB.value, False)
+    elif content.startswith(PNG) and _is_plain_png(content):
+        plain = _decode_png(content)
+    if plain is not None:
+        return plain
     with Image.open(path) as image:
         pixels: Tensor = transforms.pil_to_tensor(_rgb(image))
     return pixels
+
+
+def _decode_png(content: bytearray) -> Tensor | None:
+    """By libpng in the extra ``png``, in 0.7 of Pillow's time; None without it, and where it refuses the file.
+
+    Not by torchvision: 0.29 ends the whole process at damaged pixels, and is hardly faster than Pillow.
+    """
+    codecs = _png_codecs()
+    if codecs is None:
+        return None
+    try:
+        pixels = torch.from_numpy(codecs.png_decode(bytes(content)))
+    except codecs.PngError:
+        return None
+    if pixels.ndim == 2:
+        pixels = pixels[..., None].repeat(1, 1, 3)
+    return pixels.permute(2, 0, 1) if pixels.shape[2] == 3 else None  # another number: a transparent colour
+
+
+@functools.cache
+def _png_codecs() -> Any:
+    with contextlib.suppress(ImportError):
+        import imagecodecs
+
+        return imagecodecs
+    return None
+
+
+def _is_plain_png(content: bytearray) -> bool:
+    """Whether it is grey or has colours, of 8 bits, without a palette, and no bomb to Pillow."""
+    if len(content) < 33 or content[12:16] != b"IHDR":
+        return False
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    return content[24] == 8 and content[25] in (0, 2) and height * width <= _most_pixels()
+
+
+def _most_pixels() -> int:
+    return Image.MAX_IMAGE_PIXELS or 2**32
 
 
 def _is_plain_jpeg(content: bytearray) -> bool:
@@ -52,7 +97,7 @@ def _is_plain_jpeg(content: bytearray) -> bool:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # what else is there are tables
             height, width = (int.from_bytes(content[at + i : at + i + 2], "big") for i in (5, 7))
-            return content[at + 9] in (1, 3) and height * width <= (Image.MAX_IMAGE_PIXELS or 2**32)
+            return content[at + 9] in (1, 3) and height * width <= _most_pixels()
         at += 2 + length
     return False
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,9 +289,14 @@ PNGS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
+@pytest.mark.parametrize("extra", [True, False], ids=["imagecodecs", "Pillow"])
 @pytest.mark.parametrize("name", PNGS)
 @pytest.mark.parametrize("transparency", [None, 3])
-def test_pngs_are_pillows(tmp_path: Path, name: str, transparency: int | None) -> None:
+def test_pngs_are_pillows(
+    tmp_path: Path, name: str, transparency: int | None, extra: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not extra:
+        monkeypatch.setattr(decoding, "_png_codecs", lambda: None)
     image = PNGS[name](photograph())
     if image.mode in ("RGBA", "LA"):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -297,6 +304,38 @@ def test_pngs_are_pillows(tmp_path: Path, name: str, transparency: int | None) -
     image.save(tmp_path / "image.png", **clear)
     read = read_image(str(tmp_path / "image.png"))
     assert (read.int() - by_pillow(tmp_path / "image.png").int()).abs().max() <= 1
+
+
+def test_plain_pngs_are_decoded_by_libpng(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others by Pillow; all of them without the extra."""
+    decoded: list[str] = []
+    pillow = decoding._rgb
+    monkeypatch.setattr(decoding, "_rgb", lambda image: decoded.append(image.mode) or pillow(image))
+    for name, make in PNGS.items():
+        make(photograph()).save(tmp_path / f"{name}.png")
+        read_image(str(tmp_path / f"{name}.png"))
+    assert decoded == ["1", "RGBA", "LA", "P", "P", "I;16"]
+    photograph().save(tmp_path / "clear.png", transparency=(0, 0, 0))
+    assert torch.equal(read_image(str(tmp_path / "clear.png")), by_pillow(tmp_path / "clear.png"))
+    assert decoded[6:] == ["RGB"]
+    decoding._png_codecs.cache_clear()
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    try:
+        assert torch.equal(read_image(str(tmp_path / "colour.png")), by_pillow(tmp_path / "colour.png"))
+    finally:
+        decoding._png_codecs.cache_clear()
+    assert decoded[7:] == ["RGB"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_pngs_gamma_is_not_applied(tmp_path: Path, mode: str) -> None:
+    """As Pillow and torchvision do not."""
+    photograph().convert(mode).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    chunk = b"gAMA" + (100_000).to_bytes(4, "big")  # linear
+    content = content[:33] + (4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[33:]
+    (tmp_path / "gamma.png").write_bytes(content)
+    assert torch.equal(read_image(str(tmp_path / "gamma.png")), by_pillow(tmp_path / "image.png"))
 
 
 @pytest.mark.parametrize("written", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"])
@@ -349,29 +388,37 @@ def test_a_damaged_jpeg_is_read_where_pillow_reads_it(tmp_path: Path, options: d
     assert outcomes == {"refused", "read"}
 
 
-@pytest.mark.parametrize("place", range(-30, -1, 3))
-def test_a_damaged_png_does_not_end_the_process(tmp_path: Path, place: int) -> None:
-    """torchvision's decoder of PNG does end it."""
-    photograph(24, 24).save(tmp_path / "image.png")
-    content = bytearray((tmp_path / "image.png").read_bytes())
-    content[place] ^= 255
-    (tmp_path / "image.png").write_bytes(content)
-    try:
-        expected = by_pillow(tmp_path / "image.png")
-    except Exception as error:  # of many kinds
-        with pytest.raises(type(error)):
-            read_image(str(tmp_path / "image.png"))
-    else:
-        assert torch.equal(read_image(str(tmp_path / "image.png")), expected)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_damaged_png_is_read_where_pillow_reads_it(tmp_path: Path, mode: str) -> None:
+    """Wherever it is damaged; torchvision's decoder ends the process at some places."""
+    photograph(24, 24).convert(mode).save(tmp_path / "whole.png")
+    whole, path = (tmp_path / "whole.png").read_bytes(), tmp_path / "image.png"
+    outcomes = set()
+    for place in [*range(0, len(whole) - 30, 7), *range(len(whole) - 30, len(whole))]:
+        content = bytearray(whole)
+        content[place] ^= 255
+        path.write_bytes(content)
+        try:
+            expected = by_pillow(path)
+        except Exception as error:  # of many kinds
+            with pytest.raises(type(error)):
+                read_image(str(path))
+            outcomes.add("refused")
+        else:
+            assert torch.equal(read_image(str(path)), expected)
+            outcomes.add("read")
+    assert outcomes == {"refused", "read"}
 
 
 def test_no_file_and_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError):
         read_image(str(tmp_path / "none.jpg"))
-    photograph().save(tmp_path / "large.jpg")
+    for suffix in ("jpg", "png"):
+        photograph().save(tmp_path / f"large.{suffix}")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Image.DecompressionBombError):
-        read_image(str(tmp_path / "large.jpg"))
+    for suffix in ("jpg", "png"):
+        with pytest.raises(Image.DecompressionBombError):
+            read_image(str(tmp_path / f"large.{suffix}"))
 
 
 def test_float_pixels_are_refused(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ if os.environ.get("FAKE_PIP_FAILS"):
 repository = re.sub(r"\\[[a-z,]*\\]$", "", sys.argv[-1])
 text = pathlib.Path(repository, "pyproject.toml").read_text()
 names = set(re.findall(r'"([A-Za-z][A-Za-z0-9-]*)>=', text)) - {"ruff", "mypy"}  # what is required, but for dev
-versions = {**{name: "99.0" for name in names}, "jsonargparse": "4.99", "transfer-framework": "0.1.0"}
+versions = {**{name: "9999.0" for name in names}, "jsonargparse": "4.99", "transfer-framework": "0.1.0"}
 versions["transfer-framework"] = re.search('^version = "(.*)"', text, re.M).group(1)
 for name, version in versions.items():
     record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -194,7 +194,7 @@ def test_installs_once(copy: Path, fake: dict[str, str]) -> None:
     # More extras, or a requirement in another version, is noticed.
     result = run([str(copy / "use.sh"), "dev"], **fake)
     assert "Installing ruff, mypy" in result.stdout.replace("mypy, ruff", "ruff, mypy")
-    (copy / "pyproject.toml").write_text((copy / "pyproject.toml").read_text().replace('"torch>=', '"torch>=999'))
+    (copy / "pyproject.toml").write_text((copy / "pyproject.toml").read_text().replace('"torch>=', '"torch>=99999'))
     result = run([str(copy / "use.sh"), "digits"], **fake)
     assert "Installing torch (about 6 GB" in result.stdout
     assert len(calls_of(fake)) == 3
@@ -228,7 +228,7 @@ def test_cut_off_installation_is_finished(copy: Path, fake: dict[str, str]) -> N
     assert run([str(copy / "use.sh"), "digits"], **fake).returncode == 0
     # As SIGKILL leaves it: our note that an installation runs, and a package without pip's last file.
     (Path(fake["TRANSFER_FRAMEWORK_VENV"]) / ".transfer-framework.installing").touch()
-    record = packages_of(fake) / "torch-99.0.dist-info"
+    record = packages_of(fake) / "torch-9999.0.dist-info"
     (record / "INSTALLER").unlink()
     result = run([str(copy / "use.sh"), "digits"], **fake)
     assert (result.returncode, result.stderr) == (0, "")
