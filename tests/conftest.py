@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
-torch.set_num_threads(1)
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Tests do not depend on their order, nor on a seed that another one has set."""
+def process() -> None:
+    """Tests do not depend on their order: none finds the seed, threads or loggers that another has set."""
     os.environ.pop("PL_GLOBAL_SEED", None)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("framework").setLevel(logging.INFO)
     torch.manual_seed(0)
 
 

@@ -346,68 +346,55 @@ def test_the_content_says_what_a_file_is(tmp_path: Path, written: str, suffix: s
     assert (read_image(str(path)).int() - by_pillow(path).int()).abs().max() <= 2
 
 
+def read_as_by_pillow(path: Path, content: bytes | bytearray, most: int) -> bool:
+    """Whether Pillow reads a file of this content, and so do we, to ``most`` levels; else both raise the same error."""
+    path.write_bytes(content)
+    try:
+        expected = by_pillow(path)
+    except Exception as error:  # of many kinds
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            read_image(str(path))
+        return False
+    read = read_image(str(path))
+    assert read.shape == expected.shape
+    assert (read.int() - expected.int()).abs().max() <= most
+    return True
+
+
 @pytest.mark.parametrize("options", [{"format": "JPEG"}, {"format": "JPEG", "progressive": True}, {"format": "PNG"}])
 def test_a_cut_file_is_read_where_pillow_reads_it(tmp_path: Path, options: dict[str, object]) -> None:
-    """Wherever it is cut: an error where there is one, and the same one."""
+    """Wherever it is cut."""
     photograph(24, 24).save(tmp_path / "whole", **options)
-    content, path, failed = (tmp_path / "whole").read_bytes(), tmp_path / "cut", 0
-    for length in [*range(0, len(content), 7), len(content) - 1]:
-        path.write_bytes(content[:length])
-        try:
-            expected = by_pillow(path)
-        except Exception as error:  # of many kinds
-            with pytest.raises(type(error), match=re.escape(str(error))):
-                read_image(str(path))
-            failed += 1
-        else:
-            assert (read_image(str(path)).int() - expected.int()).abs().max() <= 2
-    assert failed > 50
+    content = (tmp_path / "whole").read_bytes()
+    lengths = [*range(0, len(content), 7), len(content) - 1]
+    most = 0 if options["format"] == "PNG" else 2
+    read = [read_as_by_pillow(tmp_path / "cut", content[:length], most) for length in lengths]
+    assert read.count(False) > 50
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
 def test_a_damaged_jpeg_is_read_where_pillow_reads_it(tmp_path: Path, options: dict[str, object]) -> None:
     photograph(24, 24).save(tmp_path / "whole.jpg", **options)
-    content, path = (tmp_path / "whole.jpg").read_bytes(), tmp_path / "damaged.jpg"
-    generator, outcomes = np.random.default_rng(1), set()
+    content, read = (tmp_path / "whole.jpg").read_bytes(), set()
+    generator = np.random.default_rng(1)
     for _ in range(150):
         damaged = bytearray(content)
         for place in generator.integers(2, len(content), 3):
             damaged[place] = generator.integers(256)
-        path.write_bytes(damaged)
-        try:
-            expected = by_pillow(path)
-        except Exception as error:  # of many kinds
-            with pytest.raises(type(error)):
-                read_image(str(path))
-            outcomes.add("refused")
-        else:
-            read = read_image(str(path))
-            assert read.shape == expected.shape
-            assert (read.int() - expected.int()).abs().max() <= 2
-            outcomes.add("read")
-    assert outcomes == {"refused", "read"}
+        read.add(read_as_by_pillow(tmp_path / "damaged.jpg", damaged, 2))
+    assert read == {True, False}
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_damaged_png_is_read_where_pillow_reads_it(tmp_path: Path, mode: str) -> None:
     """Wherever it is damaged; torchvision's decoder ends the process at some places."""
     photograph(24, 24).convert(mode).save(tmp_path / "whole.png")
-    whole, path = (tmp_path / "whole.png").read_bytes(), tmp_path / "image.png"
-    outcomes = set()
-    for place in [*range(0, len(whole) - 30, 7), *range(len(whole) - 30, len(whole))]:
-        content = bytearray(whole)
-        content[place] ^= 255
-        path.write_bytes(content)
-        try:
-            expected = by_pillow(path)
-        except Exception as error:  # of many kinds
-            with pytest.raises(type(error)):
-                read_image(str(path))
-            outcomes.add("refused")
-        else:
-            assert torch.equal(read_image(str(path)), expected)
-            outcomes.add("read")
-    assert outcomes == {"refused", "read"}
+    content, read = (tmp_path / "whole.png").read_bytes(), set()
+    for place in [*range(0, len(content) - 30, 7), *range(len(content) - 30, len(content))]:
+        damaged = bytearray(content)
+        damaged[place] ^= 255
+        read.add(read_as_by_pillow(tmp_path / "damaged.png", damaged, 0))
+    assert read == {True, False}
 
 
 def test_no_file_and_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
