@@ -43,6 +43,7 @@ def test_quick_run(tmp_path: Path, capsys: Any) -> None:
         "`--data.cache memory --data.augment_on device`, no workers",
         "`--data.cache memory --data.augment_on device`, 2 threads",
         "gather + normalise from cache",
+        "gather + normalise from cache, as it is usually written",
     }
     assert {kind: set(found) for kind, found in results["kinds"].items()} == {
         "500x375 JPEG": rows,
