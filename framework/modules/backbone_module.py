@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -57,8 +58,8 @@ class BackboneModule(L.LightningModule):
         optimizer: name of an optimizer of ``torch.optim``.
         weight_decay: of the optimizer.
         optimizer_options: more arguments of the optimizer; SGD has ``{momentum: 0.9, nesterov: true}`` by default, and
-            SGD, Adam and AdamW take each step in one kernel where the device has it (not in 16-mixed), but for
-            ``{fused: false}``.
+            SGD, Adam and AdamW take each step in one kernel where the device has it (not in 16-mixed, and not where
+            gradients are clipped in bf16-mixed), but for ``{fused: false}``.
         schedule: of the learning rate, per optimizer step ``i``: ``constant``; ``inverse_decay``, ``(1 + gamma i) **
             -beta`` with ``{gamma: 0.001, beta: 0.75}``; ``cosine`` with ``{warmup: 0, minimum: 0.0}``; ``step`` with
             ``{milestones: [...], factor: 0.1}``.
@@ -249,14 +250,19 @@ class BackboneModule(L.LightningModule):
                 groups.append({"params": parameters, "lr": rate, "name": name})
         return groups
 
-    def _has_loss_scale(self) -> bool:
-        return self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
+    def _may_step_fused(self) -> bool:
+        """Fused optimizers take off a loss scale by themselves: too late for the logged norms, and where there may be
+        one, in mixed precision, Lightning refuses to clip their gradients."""
+        if self._trainer is None:
+            return True
+        plugin = self.trainer.precision_plugin
+        clips = bool(getattr(self.trainer, "gradient_clip_val", None)) and isinstance(plugin, MixedPrecision)
+        return getattr(plugin, "scaler", None) is None and not clips
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the parameter groups, its learning rates scheduled per step."""
         groups, arguments = self.parameter_groups(), self.optimizer_arguments
-        # with a loss scale, a fused optimizer would unscale by itself: too late for clipping and for the logged norms
-        if not self._has_loss_scale() and fused_by_default(self.optimizer_class, arguments, groups):
+        if self._may_step_fused() and fused_by_default(self.optimizer_class, arguments, groups):
             arguments = arguments | {"fused": True}
         optimizer = self.optimizer_class(groups, **arguments)
         keep_way_of_stepping(optimizer)

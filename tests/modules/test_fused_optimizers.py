@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import contract
+import lightning.pytorch as L
 import pytest
 import torch
 
@@ -73,6 +74,19 @@ def test_not_with_a_loss_scale(scaler: Any) -> None:
     made = model.configure_optimizers()
     assert ways(made) == {True if scaler is None else None}  # type: ignore[arg-type]
     assert getattr(made, "_step_supports_amp_scaling", False) is (scaler is None)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_gradients_are_clipped_in_every_precision(precision: Any, clip: float | None, domains: Path) -> None:
+    options: dict[str, Any] = {"precision": precision, "gradient_clip_val": clip, "max_epochs": 1}
+    L.seed_everything(0, verbose=False)
+    start = contract.weights(contract.build_model(DANN))
+    module = contract.fit(DANN, domains, model={"optimizer_options": {"momentum": 0.0, "nesterov": False}}, **options)
+    assert ways(module.trainer.optimizers[0]) == {None if clip and precision == "bf16-mixed" else True}
+    moved = torch.cat([(p.detach() - start[name]).flatten() for name, p in module.named_parameters()]).norm()
+    # five steps at a learning rate of 0.05, and weight decay
+    assert (moved < 5 * 0.05 * (0.01 + 1e-3 * 40)) == (clip is not None)
 
 
 def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
