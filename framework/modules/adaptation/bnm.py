@@ -34,6 +34,7 @@ class BatchNuclearNormLoss(AlignmentLoss):
     """
 
     term = "bnm"
+    is_task = True
 
     def __init__(self, normalization: Normalization = "batch") -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class InformationMaximizationLoss(AlignmentLoss):
     """
 
     term = "information_maximization"
+    is_task = True
 
     def __init__(self, diversity_weight: float = 1.0) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ class MinimumClassConfusionLoss(AlignmentLoss):
     """
 
     term = "mcc"
+    is_task = True
 
     def __init__(self, temperature: float = 2.5) -> None:
         super().__init__()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from framework.batch import DomainBatch
 from framework.errors import at_least_zero
 from framework.modules.adaptation.alignment_sum import AlignmentSum, WeightedAlignmentSum
-from framework.modules.adaptation.dann import AdversarialLoss
 from framework.networks.batch_norm import running_statistics_kept
 
 
@@ -24,14 +23,15 @@ class SDAT(AlignmentSum):
 
     Every step looks for the worst weights near ``w``: ``w + radius * g / |g|``, where ``g`` is the gradient of the task
     loss at ``w`` (Foret 2021, eq. 2, with p = 2). The gradient of the whole loss, taken there, then moves ``w``. The
-    task loss is the cross-entropy on the source together with the terms that have no discriminator, such as MCC;
-    smoothing the adversarial ones harms (Rangwani 2022, section 4), so that they have no say in where the step looks,
-    and the discriminator's own weights stay in place. As in the authors' code, the gradient of the adversarial terms is
-    taken at the worst weights too, where the paper's objective has it at ``w``: that spares a backward pass.
+    task loss is the cross-entropy on the source together with the terms that are tasks, such as MCC
+    (:attr:`AlignmentLoss.is_task`). Smoothing a distance of the domains harms (Rangwani 2022, section 4), so that
+    discriminators, and MMD and the like, have no say in where the step looks, and a term's own weights stay in place.
+    As in the authors' code, the gradient of these terms is taken at the worst weights too, where the paper's objective
+    has it at ``w``: that spares a backward pass.
 
-    A step is two passes forward and two backward, the first without a discriminator. Both draw the same dropout, and
-    running statistics are those of the first, of the weights that evaluation uses. ``train/loss`` and its terms are
-    those at the worst weights; ``train/classification_loss_before`` is the cross-entropy at ``w``.
+    A step is two passes forward and two backward, the first without the distances of the domains. Both draw the same
+    dropout, and running statistics are those of the first, of the weights that evaluation uses. ``train/loss`` and its
+    terms are those at the worst weights; ``train/classification_loss_before`` is the cross-entropy at ``w``.
 
     Args:
         num_classes: number of classes ``K``.
@@ -76,7 +76,7 @@ class SDAT(AlignmentSum):
         source, target = self.domain_outputs(batch.source.images, batch.target)
         loss = self.classification_loss(source.logits, batch.source.labels)
         self._means.add({"train/classification_loss_before": loss.detach()})
-        losses = {name: each for name, each in self.alignment.losses.items() if not isinstance(each, AdversarialLoss)}  # type: ignore[union-attr, operator]
+        losses = {name: each for name, each in self.alignment.losses.items() if each.is_task}  # type: ignore[union-attr, operator]
         if losses:
             smoothed = WeightedAlignmentSum(losses, self.alignment.weights)  # type: ignore[arg-type]
             loss = loss + self.trade_off * smoothed(*self.to_align(source, target, batch), self.progress)

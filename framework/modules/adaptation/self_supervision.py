@@ -43,6 +43,8 @@ class SelfSupervisedLoss(AlignmentLoss):
         domains: whose images: ``both`` (Sun 2019), or the ``target``'s alone.
     """
 
+    is_task = True
+
     def __init__(self, task: PretextTask, passes: Passes, domains: Domains = "both") -> None:
         super().__init__()
         if domains not in get_args(Domains):

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from framework.errors import ConfigurationError
 from framework.functional import class_confusion
 from framework.modules import SDAT, AlignmentSum
+from framework.modules.adaptation.alignment_sum import alignment_terms
 from framework.modules.adaptation.dann import AdversarialLoss
 
 ONE_STEP: dict[str, Any] = {"max_steps": 1, "max_epochs": -1}
@@ -129,6 +130,34 @@ def test_a_step_by_definition_in_float64(policy: str, weights: dict[str, float],
         torch.testing.assert_close(
             found[name].detach(), value, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def climbed_with(terms: dict[str, float], domains: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Where the first step looks."""
+    found: list[Tensor] = []
+    climb = SDAT._climb
+
+    def watched(module: SDAT, loss: Tensor) -> None:
+        climb(module, loss)
+        found.append(torch.cat([parameter.detach().flatten() for parameter in module._network().parameters()]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SDAT, "_climb", watched)
+        fit(domains, model={"radius": 0.5, "terms": terms})
+    return found[0]
+
+
+TASKS = {"mcc", "bnm", "information_maximization", "rotation", "jigsaw", "masking"}
+
+
+def test_tasks_alone_say_where_a_step_looks(domains: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = {name: cls for name, cls in alignment_terms().items() if cls.__module__.startswith("framework.")}
+    assert {name for name, cls in terms.items() if cls.is_task} == TASKS
+    alone = climbed_with({"cdan": 1.0}, domains, monkeypatch)
+    for name in ("dann", "mdd", "jan", "dan", "adda", "afn"):
+        assert torch.equal(climbed_with({name: 2.0}, domains, monkeypatch), alone), name
+    for name in ("mcc", "bnm", "rotation"):
+        assert not torch.equal(climbed_with({name: 2.0}, domains, monkeypatch), alone), name
 
 
 def test_radius_0_is_the_sum(domains: Path) -> None:
