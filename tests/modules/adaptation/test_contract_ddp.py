@@ -27,6 +27,7 @@ def job(domains: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return output, json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_every_method(job: tuple[Path, dict[str, dict[str, bool]]], domains: Path) -> None:
     """A single test, since pytest's processes would each run a job of their own."""
     output, result = job
