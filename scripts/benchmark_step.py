@@ -7,8 +7,9 @@ Parts, both by default:
   cross-entropy, backward). Both loops must compute the method's own loss, or the benchmark stops.
 - ``overhead``: what the Trainer adds to a hand-written step, in milliseconds, on a network that takes no time.
 
-Steps take turns: after each step of the Trainer the other forms take one. A step of the Trainer is all that happens
-between them: fetching the batch, hooks, callbacks, progress bar and loggers too.
+Steps take turns: after each step of the Trainer the other forms take one; on a GPU after each ``--block`` of steps, so
+that it is waited for between blocks alone. A step of the Trainer is all that happens between them: fetching the batch,
+hooks, callbacks, progress bar and loggers too. The batch is on the device already.
 
     python scripts/benchmark_step.py [--parts steps] [--methods all] [--threads 2] [--json FILE] [--markdown FILE]
 """
@@ -34,7 +35,18 @@ import hand_written
 import lightning.pytorch as L
 import torch
 import yaml
-from measuring import high_water, in_own_process, in_words, machine, milliseconds, number, spread, synchronize, table
+from measuring import (
+    DEVICE,
+    high_water,
+    in_own_process,
+    in_words,
+    machine,
+    milliseconds,
+    number,
+    spread,
+    synchronize,
+    table,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -63,33 +75,49 @@ class OneBatch(L.LightningDataModule):
 
 
 class TakingTurns(L.Callback):
-    """Times the Trainer's steps, and one step of each other form after each of them.
+    """Times the Trainer's steps, and as many of each other form after them.
 
     Args:
         forms: the other forms.
         warm_up: steps that do not count.
         same: those of them that must compute the loss that the Trainer's module does, in the first steps.
+        tolerance: relative, of that.
+        block: steps of each form in a turn, timed together.
     """
 
-    def __init__(self, forms: dict[str, Step], warm_up: int, same: tuple[str, ...] = ()) -> None:
-        self.forms, self.warm_up, self.same = forms, warm_up, same
+    def __init__(
+        self,
+        forms: dict[str, Step],
+        warm_up: int,
+        same: tuple[str, ...] = (),
+        tolerance: float = 1e-3,
+        block: int = 1,
+    ) -> None:
+        self.forms, self.warm_up, self.same, self.tolerance, self.block = forms, warm_up, same, tolerance, block
         self.seconds: dict[str, list[float]] = {name: [] for name in (TRAINER, *forms)}
+        self.first_losses: list[Tensor] = []
         self.last = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The Trainer's step is over; the others' turn. (The last callback: the next step begins after it.)"""
+        """The Trainer's turn may be over. (The last callback: the next step begins after it.)"""
+        if batch_idx < 2:
+            self.first_losses.append(outputs["loss"].detach().clone())
+        if (batch_idx + 1) % self.block:
+            return
         synchronize()
-        counts = batch_idx >= max(1, self.warm_up)
+        counts = batch_idx >= max(self.block, self.warm_up)
         if counts:
-            self.seconds[TRAINER].append(time.perf_counter() - self.last)
+            self.seconds[TRAINER].append((time.perf_counter() - self.last) / self.block)
         for name, form in self.forms.items():
             start = time.perf_counter()
-            loss = form(batch)
+            losses = [form(batch) for _ in range(self.block)]
             synchronize()
             if counts:
-                self.seconds[name].append(time.perf_counter() - start)
-            if name in self.same and batch_idx < 2:
-                torch.testing.assert_close(loss.detach(), outputs["loss"].detach(), rtol=1e-3, atol=1e-4)
+                self.seconds[name].append((time.perf_counter() - start) / self.block)
+            if name in self.same:
+                here = self.first_losses[batch_idx + 1 - self.block :]
+                for loss, expected in zip(losses, here, strict=False):
+                    torch.testing.assert_close(loss.detach(), expected, rtol=self.tolerance, atol=self.tolerance / 10)
         self.last = time.perf_counter()
 
 
@@ -124,18 +152,12 @@ def build(method: str, options: argparse.Namespace, **fixed: Any) -> Any:
 
 
 def random_batch(images: int, size: int, classes: int) -> DomainBatch:
-    """Noise of two domains."""
+    """Noise of two domains, on the device."""
     generator = torch.Generator().manual_seed(0)
     source, target = torch.randn(2, images, 3, size, size, generator=generator)
     labels = torch.randint(classes, (images,), generator=generator)
-    return DomainBatch(LabelledBatch(source, labels, torch.zeros_like(labels)), target + 0.5)
-
-
-def on_device(loop: Any) -> Any:
-    """The loop's networks on the accelerator, where there is one."""
-    if torch.cuda.is_available():
-        loop.module.cuda()
-    return loop
+    source, target, labels = source.to(DEVICE), (target + 0.5).to(DEVICE), labels.to(DEVICE)
+    return DomainBatch(LabelledBatch(source, labels, torch.zeros_like(labels)), target)
 
 
 def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -145,16 +167,17 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for method in known if options.methods == ["all"] else options.methods:
         module = build(method, options)
-        count = options.steps + options.warm_up
-        forms: dict[str, Step] = {BARE: on_device(hand_written.Bare(module))}
+        count, half = options.steps + options.warm_up, options.precision == "bf16-mixed"
+        forms: dict[str, Step] = {BARE: hand_written.Bare(module, half)}
         alignment = hand_written.ALIGNMENTS.get(method)
         if alignment is not None and module.batch_norm != "domain_specific":
             two_forwards = module.batch_norm == "separate"
-            forms[HAND] = on_device(hand_written.Loop(module, alignment, count, two_forwards))
+            forms[HAND] = hand_written.Loop(module, alignment, count, two_forwards, half)
             if method == "dann" and not two_forwards:
-                forms[TWO] = on_device(hand_written.Loop(module, alignment, count, two_forwards=True))
-        clock = TakingTurns(forms, options.warm_up, same=(HAND,))
-        train(module, batch, count, clock, **trainer_options(options))
+                forms[TWO] = hand_written.Loop(module, alignment, count, True, half)
+        tolerance = 3e-2 if half else 1e-3  # the module's losses on features are in float32
+        clock = TakingTurns(forms, options.warm_up, (HAND,), tolerance, options.block)
+        train(module, batch, count, clock, precision=options.precision)
         found = {name: milliseconds(times) for name, times in clock.seconds.items()}
         for form, figures in found.items():
             peak = None
@@ -162,19 +185,16 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
                 peak = peak_memory(method, form, options)
             row = {"method": method, "form": form, **figures, "peak_mib": peak}
             row["of_hand_written"] = figures["ms"] / found[HAND]["ms"] if HAND in found else None
+            row["images_per_second"] = 2e3 * options.batch_size / figures["ms"]
             rows.append({**row, "of_bare": figures["ms"] / found[BARE]["ms"]})
         print(f"{method}: done", file=sys.stderr, flush=True)
     return rows
 
 
-def trainer_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the benchmark's options say of the Trainer."""
-    return {"precision": options.precision} if options.precision else {}
-
-
 def peak_memory(method: str, form: str, options: argparse.Namespace) -> float | None:
     """Most MiB that building the networks and some steps hold at once, in a process of its own."""
-    given = [f"--{name}={getattr(options, name)}" for name in ("backbone", "image_size", "batch_size", "classes")]
+    names = ("backbone", "image_size", "batch_size", "classes", "precision")
+    given = [f"--{name}={getattr(options, name)}" for name in names]
     # memory that is freed goes back at once, or what the allocator keeps would be measured
     printed = in_own_process(__file__, ["--memory_of", method, form, *given], {"MALLOC_MMAP_THRESHOLD_": "65536"})
     return None if printed is None else float(printed)
@@ -188,9 +208,10 @@ def print_memory(method: str, form: str, options: argparse.Namespace) -> None:
     before = high_water(reset=True)
     module = build(method, options)
     if form == TRAINER:
-        train(module, batch, 5)
+        train(module, batch, 5, precision=options.precision)
     else:
-        loop = hand_written.Loop(module, hand_written.ALIGNMENTS[method], 5, module.batch_norm == "separate")
+        separate, half = module.batch_norm == "separate", options.precision == "bf16-mixed"
+        loop = hand_written.Loop(module, hand_written.ALIGNMENTS[method], 5, separate, half)
         del module
         for _ in range(5):
             loop(batch)
@@ -221,7 +242,7 @@ class Diagnosed(hand_written.Loop):
         outputs = self.module.outputs(torch.cat([batch.source.images, batch.target]))
         source, target = outputs.split(len(batch.source.images))
         self.module.target_diagnostics(target)
-        progress = torch.tensor(min(1.0, self.step_number / self.steps))
+        progress = torch.full((), min(1.0, self.step_number / self.steps), device=DEVICE)
         labels = batch.source.labels
         aligned: Tensor = self.module.alignment(source._replace(labels=labels), target, progress)
         return nn.functional.cross_entropy(source.logits, labels) + self.trade_off * aligned
@@ -253,7 +274,7 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def labelled_only(module: Any) -> Callable[[Any], Tensor]:
     """The hand-written loop of a classifier."""
-    net = copy.deepcopy(module).train()
+    net = copy.deepcopy(module).to(DEVICE).train()
     optimizer = net.optimizer_class(net.parameter_groups(), **(net.optimizer_arguments | {"fused": True}))
 
     def step(batch: LabelledBatch) -> Tensor:
@@ -274,14 +295,13 @@ def markdown(result: dict[str, Any], options: argparse.Namespace) -> str:
     """The tables."""
     text = in_words(result["machine"]) + "\n"
     if "steps" in result:
-        columns = ["method", "step", "ms", "quartiles", "of hand-written", "of the bare step", "peak, MiB"]
-        cells = [
-            [r["method"], r["form"], number(r["ms"], 1), spread(r), number(r["of_hand_written"]), number(r["of_bare"])]
-            for r in result["steps"]
-        ]
-        for row, line in zip(result["steps"], cells, strict=True):
-            line.append(number(row["peak_mib"], 0))
-        text += f"\n### A method's step: {size(options)}\n\n{table(columns, cells)}"
+        columns = ["method", "step", "ms", "quartiles", "of hand-written", "of the bare step", "images/s", "peak, MiB"]
+        cells = []
+        for r in result["steps"]:
+            times = [number(r["ms"], 1), spread(r), number(r["of_hand_written"]), number(r["of_bare"])]
+            more = [number(r["images_per_second"], 0), number(r["peak_mib"], 0)]
+            cells.append([r["method"], r["form"], *times, *more])
+        text += f"\n### A method's step: {size(options)}, {options.precision}\n\n{table(columns, cells)}"
     if "overhead" in result:
         columns = ["module", "floor", "floor, ms", "added, ms (medians)", "added, ms (means)"]
         cells = [
@@ -329,18 +349,25 @@ def report(result: dict[str, Any], text: str, options: argparse.Namespace) -> No
             path.write_text(content, encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark."""
+def all_options() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
     parser = common_options(__doc__)
+    block = 1 if DEVICE.type == "cpu" else 10
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--methods", nargs="+", default=["dann", "dan", "cdan", "mcc"], metavar="NAME", help="or `all`")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"], help="in `steps`")
     parser.add_argument("--steps", type=int, default=40, help="of each form of a method")
     parser.add_argument("--warm_up", type=int, default=5)
+    parser.add_argument("--block", type=int, default=block, help="steps of a turn in `steps`; default: 1, on a GPU 10")
     parser.add_argument("--overhead_steps", type=int, default=2000)
-    parser.add_argument("--precision", help="of the Trainer, in `steps`; default: 32-true")
     parser.add_argument("--no_memory", action="store_true", help="do not start a process for each method and form")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = all_options().parse_args(arguments)
     prepare(options)
     if options.memory_of:
         print_memory(*options.memory_of, options)

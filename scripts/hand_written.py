@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from benchmark_losses import gram_mk_mmd
+from measuring import DEVICE
 from torch import Tensor
 
 from framework.batch import DomainBatch
@@ -61,8 +62,9 @@ def cdan(module: Any, features: Tensor, logits: Tensor, count: int, progress: fl
 
 
 def dan(module: Any, features: Tensor, logits: Tensor, count: int, progress: float) -> Tensor:
-    """Five kernels on one Gram matrix."""
-    return gram_mk_mmd(features[:count], features[count:])
+    """Five kernels on one Gram matrix, in float32."""
+    with torch.autocast(features.device.type, enabled=False):
+        return gram_mk_mmd(features[:count].float(), features[count:].float())
 
 
 def mcc(module: Any, features: Tensor, logits: Tensor, count: int, progress: float) -> Tensor:
@@ -94,11 +96,14 @@ class Loop:
         alignment: the method's loss.
         steps: of the whole run, for the schedule of the reversal.
         two_forwards: a forward for each domain, in place of one of both.
+        bfloat16: forward and losses under autocast.
     """
 
-    def __init__(self, module: Any, alignment: Alignment, steps: int, two_forwards: bool = False) -> None:
-        self.module = copy.deepcopy(module).train()
-        self.alignment, self.steps, self.two_forwards = alignment, steps, two_forwards
+    def __init__(
+        self, module: Any, alignment: Alignment, steps: int, two_forwards: bool = False, bfloat16: bool = False
+    ) -> None:
+        self.module = copy.deepcopy(module).to(DEVICE).train()
+        self.alignment, self.steps, self.two_forwards, self.bfloat16 = alignment, steps, two_forwards, bfloat16
         self.trade_off = float(getattr(module, "trade_off", 0.0))
         groups = self.module.parameter_groups()
         self.optimizer = module.optimizer_class(groups, **(module.optimizer_arguments | {"fused": True}))
@@ -124,7 +129,8 @@ class Loop:
     def __call__(self, batch: DomainBatch) -> Tensor:
         """One step."""
         self.optimizer.zero_grad()
-        loss = self.loss(batch)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.loss(batch)
         loss.backward()
         self.optimizer.step()
         self.step_number += 1
@@ -134,15 +140,16 @@ class Loop:
 class Bare:
     """What every method contains: forward of both domains, cross-entropy, backward; no optimizer."""
 
-    def __init__(self, module: Any) -> None:
-        self.module = copy.deepcopy(module).train()
+    def __init__(self, module: Any, bfloat16: bool = False) -> None:
+        self.module, self.bfloat16 = copy.deepcopy(module).to(DEVICE).train(), bfloat16
 
     def __call__(self, batch: DomainBatch) -> Tensor:
         """One step."""
         for parameter in self.module.parameters():
             parameter.grad = None
         count = len(batch.source.images)
-        logits = self.module(torch.cat([batch.source.images, batch.target]))[:count]
-        loss = F.cross_entropy(logits, batch.source.labels)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bfloat16):
+            logits = self.module(torch.cat([batch.source.images, batch.target]))[:count]
+            loss = F.cross_entropy(logits, batch.source.labels)
         loss.backward()
         return loss

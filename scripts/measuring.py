@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def machine(*packages: str) -> dict[str, Any]:
     """What figures belong to: the device, and the versions of Python and of the packages that are installed."""
@@ -25,7 +27,7 @@ def machine(*packages: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     where = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores' threads"
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         where = torch.cuda.get_device_name()
     return {"device": f"{where} ({platform.processor() or platform.machine()})", "versions": versions}
 
@@ -37,7 +39,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 def synchronize() -> None:
     """Wait for the accelerator, if there is one."""
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -65,7 +67,12 @@ def in_own_process(script: str, arguments: Sequence[str], environment: dict[str,
 
 
 def high_water(reset: bool = False) -> float:
-    """Most MiB that the process has held. On Linux it can be reset: importing has held more than is left."""
+    """Most MiB that the process has held, on a GPU of the GPU's memory. On Linux and there it can be reset: importing
+    has held more than is left."""
+    if DEVICE.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)

@@ -20,7 +20,7 @@ def test_runs(images: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     assert benchmark_run.main(["--parts", "run", *size, *folders, "--json", str(out)]) == 0
     rows = {row["run"]: row for row in json.loads(out.read_text())["run"]}
-    assert list(rows) == [benchmark_run.NO_DATA, *benchmark_run.PUBLISHED, *benchmark_run.RUNS]
+    assert list(rows) == [*benchmark_run.NO_DATA, *benchmark_run.PUBLISHED, *benchmark_run.RUNS]
     for name, row in rows.items():
         assert row["ms"] > 0
         assert (row["profile"] is not None) == (name in benchmark_run.RUNS)

@@ -34,16 +34,27 @@ def test_steps_and_overhead(tmp_path: Path) -> None:
     assert {row["module"] for row in result["overhead"]} == {"ImageClassifier", "SourceOnly", "DANN"}
 
 
+def test_turns_of_several_steps_in_bfloat16(tmp_path: Path) -> None:
+    """Ten steps are five turns: the first warms up, and none is begun that would not end."""
+    more = ["--parts", "steps", "--methods", "dann", "dan", "--precision", "bf16-mixed", "--block", "2", "--no_memory"]
+    out = tmp_path / "step.json"
+    assert benchmark_step.main([*QUICK, *more, "--steps", "10", "--json", str(out)]) == 0
+    for row in json.loads(out.read_text())["steps"]:
+        assert row["repeats"] == 4
+        assert row["images_per_second"] == pytest.approx(8e3 / row["ms"])
+
+
+@pytest.mark.parametrize("block", ["1", "2"])
 @pytest.mark.parametrize("method", ["dann", "dan", "cdan", "mcc"])
-def test_a_loop_of_another_loss_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_of_another_loss_is_refused(method: str, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hand_written.ALIGNMENTS, method, lambda *inputs: 1.1 * hand_written.source_only(*inputs) + 0.01)
     with pytest.raises(AssertionError, match="not close"):
-        benchmark_step.main([*QUICK, "--parts", "steps", "--methods", method, "--no_memory"])
+        benchmark_step.main([*QUICK, "--parts", "steps", "--methods", method, "--no_memory", "--block", block])
 
 
 @pytest.mark.slow
 def test_memory_in_a_process_of_its_own() -> None:
     """ResNet-18 has 11 million parameters: with gradients and momentum 128 MiB."""
-    options = benchmark_step.common_options(None).parse_args(["--image_size", "16", "--batch_size", "2"])
+    options = benchmark_step.all_options().parse_args(["--image_size", "16", "--batch_size", "2"])
     for form in (HAND, TRAINER):
         assert 128 < (benchmark_step.peak_memory("dann", form, options) or 0) < 400
