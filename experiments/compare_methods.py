@@ -291,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=["all"],
         metavar="NAME",
         help="files of experiments/methods (pairs of domains) or experiments/transfer (one folder), with "
-        "NAME:option=value for changes; or all",
+        "NAME:option=value for changes; all: every file",
     )
     parser.add_argument("--baseline", metavar="NAME", help="what gains are over; default: source_only, or full")
     parser.add_argument("--score", choices=SCORES[:3], default="accuracy", help="what gains are in (default: accuracy)")
@@ -311,11 +311,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def chosen_methods(names: list[str], kind: str = PAIR) -> list[str]:
-    """The methods asked for, for a kind of datamodule; all of them with the baseline first."""
+    """The methods asked for, for a kind of datamodule; ``all`` stands for every file, the baseline first."""
     folder, first = METHODS[kind], BASELINES[kind]
     known = sorted((path.stem for path in folder.glob("*.yaml")), key=lambda name: (name != first, name))
-    if names == ["all"]:
-        return known
+    names = list(dict.fromkeys(one for name in names for one in (known if name == "all" else [name])))
     for name in names:
         if name.partition(":")[0] not in known:
             raise ConfigurationError(

@@ -305,6 +305,7 @@ def test_all_methods_with_the_baseline_first(compare: ModuleType) -> None:
     names = compare.chosen_methods(["all"])
     assert names[0] == "source_only"
     assert set(names) == {path.stem for path in (REPOSITORY / "experiments" / "methods").glob("*.yaml")}
+    assert compare.chosen_methods(["all", "sdat:radius=0.1", "dann"]) == [*names, "sdat:radius=0.1"]
 
 
 def test_warnings_of_a_run_are_kept(compare: ModuleType, pair: Path) -> None:
