@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.errors import ConfigurationError
 
@@ -35,20 +37,40 @@ class ExponentialMovingAverage(WeightAveraging):
         if not 0 <= decay < 1:
             raise ConfigurationError(f"Expected `decay` of ExponentialMovingAverage to be in [0, 1), but got {decay}.")
         self.decay = decay
+        self._aside: list[Tensor] = []  # the current weights, while the average is validated
         super().__init__(use_buffers=use_buffers, multi_avg_fn=self._move)
 
     @torch.no_grad()
     def _move(self, average: list[Tensor], current: list[Tensor], _: Any) -> None:
         if average[0].is_floating_point():  # all of one type and device
+            if current[0].dtype != average[0].dtype:  # weights in bfloat16 or float16
+                current = [value.to(average[0].dtype) for value in current]
             torch._foreach_lerp_(average, current, 1 - self.decay)
         else:
             torch._foreach_copy_(average, current)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the average, without Lightning's warning of sharded models."""
+        """Make the average, without Lightning's warning of sharded models.
+
+        It is in float32 where the weights are in half precision, in which a small step of the average would be nothing.
+        """
+        if trainer.precision == "64-true":
+            pl_module.double()  # Lightning's strategy does so after this
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average in the place of the weights; Lightning swaps them, which rounds it to their type."""
+        if self._average_model is not None:
+            self._aside = [value.detach().clone() for value in _values(pl_module)]
+            _copy(_values(self._average_model.module), pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the current weights."""
+        if self._aside:
+            _copy(self._aside, pl_module)
+            self._aside = []
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore both; a module that builds parts of itself from a checkpoint does so in the average too."""
@@ -58,3 +80,13 @@ class ExponentialMovingAverage(WeightAveraging):
         assert isinstance(average, L.LightningModule)
         average.on_load_checkpoint(checkpoint)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _values(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
+@torch.no_grad()
+def _copy(values: Iterable[Tensor], module: nn.Module) -> None:
+    for own, value in zip(_values(module), values, strict=True):
+        own.copy_(value)

@@ -302,7 +302,9 @@ class BackboneModule(L.LightningModule):
             hyperparameters.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Know the classes that it was trained on, if no data has named others."""
+        """Know the classes that it was trained on, if no data has named others; hold weights of float64 unrounded."""
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning's strategy does so after it has read the weights, which rounds them to float32
         if self.class_names is None:
             self.class_names = checkpoint.get("class_names")
         if "preprocessing" in checkpoint:  # older ones have none

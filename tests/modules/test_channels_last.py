@@ -110,5 +110,5 @@ def test_checkpoints_of_other_settings(written: Any, domains: Path, tmp_path: Pa
     # resumed under the new default: momentum of the other layout
     resumed = contract.fit(SourceOnly, domains, resume=path, precision="64-true")
     assert is_channels_last(resumed)
-    for key, value in contract.weights(resumed).items():  # Lightning loads weights of float64 as float32
-        torch.testing.assert_close(value, contract.weights(module)[key], rtol=1e-4, atol=2e-5)
+    for key, value in contract.weights(resumed).items():
+        torch.testing.assert_close(value, contract.weights(module)[key], rtol=1e-9, atol=1e-11)

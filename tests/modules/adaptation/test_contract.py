@@ -65,6 +65,14 @@ def test_resumed_equals_uninterrupted(method: Method, batches: int, domains: Pat
 
 
 @each_method
+def test_resumed_in_float64_equals_uninterrupted(method: Method, domains: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stop.ckpt"
+    whole = contract.fit(method, domains, save=(7, path), max_epochs=2, precision="64-true")
+    assert all(parameter.dtype == torch.float64 for parameter in whole.parameters())
+    assert trained_alike(whole, contract.fit(method, domains, resume=path, max_epochs=2, precision="64-true"))
+
+
+@each_method
 def test_resumed_with_workers_equals_uninterrupted(method: Method, domains: Path, tmp_path: Path) -> None:
     path = tmp_path / "stop.ckpt"
     whole = contract.fit(method, domains, save=(7, path), data={"num_workers": 2}, max_epochs=2)
