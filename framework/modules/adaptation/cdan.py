@@ -131,7 +131,7 @@ class ConditionalDomainAdversarialLoss(AdversarialLoss):
         """The discriminator's loss, a scalar; its gradient reaches the features reversed, and the logits not at all."""
         source_logits, target_logits = source.logits.detach(), target.logits.detach()
         features = self.reverse(source, target, progress)
-        conditioned = self.condition(features, torch.cat([source_logits, target_logits]))
+        conditioned = self.condition(features, torch.cat([source_logits, target_logits])).to(features.dtype)
         weights = None
         if self.entropy_conditioning:
             weights = certainty_weights(source_logits, target_logits, self.entropy_normalization)
@@ -140,7 +140,7 @@ class ConditionalDomainAdversarialLoss(AdversarialLoss):
 
     @full_precision
     def condition(self, features: Tensor, logits: Tensor) -> Tensor:
-        """What the discriminator sees, ``[N, D * K]`` or ``[N, randomized_features]``."""
+        """What the discriminator sees, ``[N, D * K]`` or ``[N, randomized_features]``, in float32 or float64."""
         probabilities = logits.softmax(dim=1)
         if not self.randomized_features:
             return multilinear_map(features, probabilities)

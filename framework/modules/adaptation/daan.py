@@ -64,7 +64,8 @@ class ClassDiscriminators(nn.Module):
         # W (p f) + b = p (W f) + b: one product for all classes
         product = F.linear(features, self.first.weight).view(len(features), self.num_classes, -1)  # [N, K, H]
         hidden = probabilities.unsqueeze(2) * product + self.first.bias.view(self.num_classes, -1)
-        hidden = self.dropout(hidden.relu()).transpose(0, 1)  # [K, N, H]
+        hidden = self.dropout(hidden.relu()).transpose(0, 1)  # [K, N, H], float32 by the probabilities
+        hidden = hidden.to(self.second_weight.dtype)  # which may be bfloat16
         hidden = self.dropout((hidden @ self.second_weight + self.second_bias).relu())
         logits: Tensor = hidden @ self.last_weight + self.last_bias
         return logits.squeeze(2).T

@@ -65,11 +65,12 @@ def test_resumed_equals_uninterrupted(method: Method, batches: int, domains: Pat
 
 
 @each_method
-def test_resumed_in_float64_equals_uninterrupted(method: Method, domains: Path, tmp_path: Path) -> None:
-    path = tmp_path / "stop.ckpt"
-    whole = contract.fit(method, domains, save=(7, path), max_epochs=2, precision="64-true")
-    assert all(parameter.dtype == torch.float64 for parameter in whole.parameters())
-    assert trained_alike(whole, contract.fit(method, domains, resume=path, max_epochs=2, precision="64-true"))
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_other_weights_resume_exactly(method: Method, precision: str, domains: Path, tmp_path: Path) -> None:
+    path, dtype = tmp_path / "stop.ckpt", torch.bfloat16 if precision == "bf16-true" else torch.float64
+    whole = contract.fit(method, domains, save=(7, path), max_epochs=2, precision=precision)
+    assert all(torch.isfinite(p).all() and p.dtype == dtype for p in whole.parameters())
+    assert trained_alike(whole, contract.fit(method, domains, resume=path, max_epochs=2, precision=precision))
 
 
 @each_method

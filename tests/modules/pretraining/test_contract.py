@@ -132,6 +132,16 @@ def test_bf16_mixed(method: Method, folders: Path) -> None:
 
 
 @each_method
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_other_weights_resume_exactly(method: Method, precision: str, folders: Path, tmp_path: Path) -> None:
+    path, dtype = tmp_path / "stop.ckpt", torch.bfloat16 if precision == "bf16-true" else torch.float64
+    whole = contract.fit(method, folders, save={7: path}, max_epochs=2, precision=precision)
+    assert all(torch.isfinite(p).all() and p.dtype == dtype for p in whole.parameters())
+    resumed = contract.fit(method, folders, resume=path, max_epochs=2, precision=precision)
+    assert not differing(weights(whole), weights(resumed))
+
+
+@each_method
 def test_trains_with_a_compiled_backbone(method: Method, folders: Path) -> None:
     """It is one graph without breaks, and another for the pass that sets running statistics where a task has that; the
     result is that of the network as it is."""

@@ -120,6 +120,16 @@ def test_bf16_mixed(case: Case, folder: Path) -> None:
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in module.parameters())
 
 
+@each_case
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_other_weights_resume_exactly(case: Case, precision: str, folder: Path, tmp_path: Path) -> None:
+    path, dtype = tmp_path / "stop.ckpt", torch.bfloat16 if precision == "bf16-true" else torch.float64
+    whole = contract.fit(case, folder, save={7: path}, max_epochs=2, precision=precision)
+    assert all(torch.isfinite(p).all() and p.dtype == dtype for p in whole.parameters())
+    resumed = contract.fit(case, folder, resume=path, max_epochs=2, precision=precision)
+    assert not contract.differing(contract.weights(whole), contract.weights(resumed))
+
+
 @pytest.mark.parametrize(
     "case",
     # the other policies have the backbone of the first
