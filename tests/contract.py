@@ -16,6 +16,9 @@ from framework.modules import AlignmentLoss, DomainAdaptation
 from framework.networks import NetworkOutputs
 from framework.trainer import Trainer
 
+# beside 32-true: what the weights then are
+PRECISIONS = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
 
 def methods(base: type[DomainAdaptation] = DomainAdaptation) -> list[type[DomainAdaptation]]:
     """Every method: the subclasses of the base, and theirs."""

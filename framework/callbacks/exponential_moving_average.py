@@ -43,11 +43,12 @@ class ExponentialMovingAverage(WeightAveraging):
     @torch.no_grad()
     def _move(self, average: list[Tensor], current: list[Tensor], _: Any) -> None:
         if average[0].is_floating_point():  # all of one type and device
-            if current[0].dtype != average[0].dtype:  # weights in bfloat16 or float16
-                current = [value.to(average[0].dtype) for value in current]
             torch._foreach_lerp_(average, current, 1 - self.decay)
         else:
             torch._foreach_copy_(average, current)
+
+    def _moved(self, average: Tensor, current: Tensor, _: Any) -> Tensor:
+        return average.lerp(current.to(average.dtype), 1 - self.decay) if average.is_floating_point() else current
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the average, without Lightning's warning of sharded models.
@@ -59,6 +60,9 @@ class ExponentialMovingAverage(WeightAveraging):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
+        if self._average_model is not None and trainer.precision in ("16-true", "bf16-true"):
+            # one by one: torch's groups have one type on both sides
+            self._average_model.multi_avg_fn, self._average_model.avg_fn = None, self._moved
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in the place of the weights; Lightning swaps them, which rounds it to their type."""
@@ -79,6 +83,8 @@ class ExponentialMovingAverage(WeightAveraging):
         average = self._average_model.module
         assert isinstance(average, L.LightningModule)
         average.on_load_checkpoint(checkpoint)
+        if trainer.precision == "64-true":
+            average.double()  # what it has just built
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 

@@ -65,11 +65,13 @@ def test_resumed_equals_uninterrupted(method: Method, batches: int, domains: Pat
 
 
 @each_method
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_other_weights_resume_exactly(method: Method, precision: str, domains: Path, tmp_path: Path) -> None:
-    path, dtype = tmp_path / "stop.ckpt", torch.bfloat16 if precision == "bf16-true" else torch.float64
+@pytest.mark.parametrize("precision", contract.PRECISIONS)
+def test_resumed_in_other_precisions_equals_uninterrupted(
+    method: Method, precision: str, domains: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "stop.ckpt"
     whole = contract.fit(method, domains, save=(7, path), max_epochs=2, precision=precision)
-    assert all(torch.isfinite(p).all() and p.dtype == dtype for p in whole.parameters())
+    assert all(torch.isfinite(p).all() and p.dtype == contract.PRECISIONS[precision] for p in whole.parameters())
     assert trained_alike(whole, contract.fit(method, domains, resume=path, max_epochs=2, precision=precision))
 
 
@@ -112,12 +114,6 @@ def test_logging_changes_nothing(method: Method, domains: Path, tmp_path: Path) 
         logger=L.loggers.CSVLogger(tmp_path),
     )
     assert trained_alike(quiet, logged)
-
-
-@each_method
-def test_bf16_mixed(method: Method, domains: Path) -> None:
-    module = contract.fit(method, domains, precision="bf16-mixed", max_epochs=1)
-    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in module.parameters())
 
 
 @each_method

@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import pretraining_contract as contract
 import pytest
 import torch
+from contract import PRECISIONS
 from torch import Tensor, nn
 from transfer_contract import QUIET, differing, weights
 
@@ -126,17 +127,13 @@ def test_resumed_while_accumulating_equals_uninterrupted(method: Method, folders
 
 
 @each_method
-def test_bf16_mixed(method: Method, folders: Path) -> None:
-    module = contract.fit(method, folders, precision="bf16-mixed", max_epochs=1)
-    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in module.parameters())
-
-
-@each_method
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_other_weights_resume_exactly(method: Method, precision: str, folders: Path, tmp_path: Path) -> None:
-    path, dtype = tmp_path / "stop.ckpt", torch.bfloat16 if precision == "bf16-true" else torch.float64
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_resumed_in_other_precisions_equals_uninterrupted(
+    method: Method, precision: str, folders: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "stop.ckpt"
     whole = contract.fit(method, folders, save={7: path}, max_epochs=2, precision=precision)
-    assert all(torch.isfinite(p).all() and p.dtype == dtype for p in whole.parameters())
+    assert all(torch.isfinite(p).all() and p.dtype == PRECISIONS[precision] for p in whole.parameters())
     resumed = contract.fit(method, folders, resume=path, max_epochs=2, precision=precision)
     assert not differing(weights(whole), weights(resumed))
 

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import transfer_contract as contract
+from contract import PRECISIONS
 from torch import Tensor
 
 from framework.modules import TransferClassifier
@@ -115,17 +116,13 @@ def test_again_and_with_loggers_the_same(case: Case, run: Callable[[Case], Run],
 
 
 @each_case
-def test_bf16_mixed(case: Case, folder: Path) -> None:
-    module = contract.fit(case, folder, precision="bf16-mixed", max_epochs=1)
-    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in module.parameters())
-
-
-@each_case
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_other_weights_resume_exactly(case: Case, precision: str, folder: Path, tmp_path: Path) -> None:
-    path, dtype = tmp_path / "stop.ckpt", torch.bfloat16 if precision == "bf16-true" else torch.float64
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_resumed_in_other_precisions_equals_uninterrupted(
+    case: Case, precision: str, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "stop.ckpt"
     whole = contract.fit(case, folder, save={7: path}, max_epochs=2, precision=precision)
-    assert all(torch.isfinite(p).all() and p.dtype == dtype for p in whole.parameters())
+    assert all(torch.isfinite(p).all() and p.dtype == PRECISIONS[precision] for p in whole.parameters())
     resumed = contract.fit(case, folder, resume=path, max_epochs=2, precision=precision)
     assert not contract.differing(contract.weights(whole), contract.weights(resumed))
 
