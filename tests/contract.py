@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import pytest
 import torch
 
 import framework.modules  # noqa: F401  (every method is a subclass once it is imported)
@@ -18,6 +19,9 @@ from framework.trainer import Trainer
 
 # beside 32-true: what the weights then are
 PRECISIONS = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+each_precision = pytest.mark.parametrize(
+    "precision", ["bf16-mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16-true", "64-true"))]
+)
 
 
 def methods(base: type[DomainAdaptation] = DomainAdaptation) -> list[type[DomainAdaptation]]:

@@ -91,6 +91,7 @@ def test_memory_is_not_taken_again(where: str) -> None:
     assert sum(kept[4:]) < sum(plain[4:]) / 3  # a thread may get an arena that none has had
 
 
+@pytest.mark.slow
 @glibc
 def test_as_by_the_environment() -> None:
     environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}

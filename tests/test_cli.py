@@ -172,6 +172,7 @@ def test_a_new_run_never_touches_another(run: Path, command: Callable[[str], int
     assert (tmp_path / "lightning_logs" / "digits" / "dann" / "version_0" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_the_same_time_have_folders_of_their_own(tmp_path: Path) -> None:
     code = """
 import sys, time

@@ -446,6 +446,7 @@ def test_debug_shows_the_traceback(
         assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["abbreviation", "unknown backbone"])
 def test_in_a_process_of_its_own(row: str, domains: Path, w: Path, elsewhere: Path) -> None:
     command, *expected = (CONFIGURATION | DATA | MODEL | RUN)[row]

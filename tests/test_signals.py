@@ -132,6 +132,7 @@ def resume(*flags: str) -> None:
     assert main(["fit", "--run", str(RUN), *flags]) == 0
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch(domains: Path, folder: Path, uninterrupted: dict[str, Any]) -> None:
     process = start(domains, workers=0)
     wait_for_batch(process, STEPS + 4)
@@ -149,6 +150,7 @@ def test_killed_in_mid_epoch(domains: Path, folder: Path, uninterrupted: dict[st
     assert not RUN.with_name("version_2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_in_mid_epoch(
     number: signal.Signals, code: int, domains: Path, folder: Path, uninterrupted: dict[str, Any]
@@ -241,6 +243,7 @@ AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1 << 20)}, sys.argv[
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(3)}, path)

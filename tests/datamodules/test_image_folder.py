@@ -276,6 +276,7 @@ def test_without_a_trainer(parts: Path) -> None:
     assert sum(len(batch.labels) for batch in data.test_dataloader()) == 15
 
 
+@pytest.mark.slow
 def test_the_process_ends_after_an_error_in_a_worker(parts: Path) -> None:
     """Workers leave SIGTERM to the run, with which multiprocessing would end them and wait for ever."""
     (parts / "val" / "bee" / "bad.png").write_bytes(b"")

@@ -119,7 +119,9 @@ class Noise(Dataset[torch.Tensor]):
         return torch.tensor([float(index), torch.rand(()).item(), random.random(), np.random.rand()])
 
 
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "context"), [(0, None), (2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)]
+)
 def test_augmentation_depends_on_seed_and_draw_only(workers: int, context: str | None) -> None:
     sampler = stream(7, at=3)
     loader = DataLoader(

@@ -175,6 +175,7 @@ def test_autocast_and_half_precision(dtype: torch.dtype) -> None:
     assert [x.dtype for x in half[1]] == [dtype, dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20, 300])
 def test_compiled(count: int) -> None:
     """Few samples make one graph; many break it, and come out the same."""

@@ -255,6 +255,7 @@ def test_does_not_wait_for_the_device(estimator: Callable[..., Tensor], bandwidt
     assert not any("_local_scalar_dense" in name for name in watch.operations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_compiles_to_one_graph(estimator: Callable[..., Tensor], autocast: bool) -> None:

@@ -67,7 +67,9 @@ def same(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(value, other), key
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if BACKBONES[name][0] == 224 else name for name in BACKBONES]
+)
 def test_any_backbone(name: str) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm")

@@ -52,7 +52,7 @@ def test_every_convolutional_classifier_of_torchvision_is_a_case() -> None:
     [
         ("resnet8", 32),
         ("resnet18", 48),
-        ("vgg11", 32),
+        pytest.param("vgg11", 32, marks=pytest.mark.slow),
         ("mobilenet_v3_small", 48),
         ("convnext_tiny", 32),
         ("squeezenet1_0", 48),

@@ -204,6 +204,7 @@ def test_what_is_left_aside_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_it_is_said_once_in_a_process_of_its_own(tmp_path: Path) -> None:
     path = saved(tmp_path / "weights.pth", trained().state_dict())
     for before in ("", "import lightning.pytorch; ", "import logging; logging.basicConfig(level='INFO'); "):

@@ -259,6 +259,7 @@ def test_a_failing_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_leaves_no_domain(few_images: None, tmp_path: Path, signal_number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, str(SCRIPT), "--output", str(tmp_path), "--domains", "mnist_m"])

@@ -157,6 +157,7 @@ def test_python_without_venv(copy: Path, commands: Path) -> None:
     assert "apt install python3-venv" in one_line(run([str(copy / "use.sh")], PATH=str(commands)))
 
 
+@pytest.mark.slow
 def test_no_network(copy: Path, tmp_path: Path) -> None:
     """With the real pip: a new environment is made, and the failing installation says what to look at."""
     environment = tmp_path / "new environment"

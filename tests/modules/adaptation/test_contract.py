@@ -65,7 +65,7 @@ def test_resumed_equals_uninterrupted(method: Method, batches: int, domains: Pat
 
 
 @each_method
-@pytest.mark.parametrize("precision", contract.PRECISIONS)
+@contract.each_precision
 def test_resumed_in_other_precisions_equals_uninterrupted(
     method: Method, precision: str, domains: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +75,7 @@ def test_resumed_in_other_precisions_equals_uninterrupted(
     assert trained_alike(whole, contract.fit(method, domains, resume=path, max_epochs=2, precision=precision))
 
 
+@pytest.mark.slow
 @each_method
 def test_resumed_with_workers_equals_uninterrupted(method: Method, domains: Path, tmp_path: Path) -> None:
     path = tmp_path / "stop.ckpt"
@@ -169,6 +170,7 @@ def outputs(domain: str) -> NetworkOutputs:
     return NetworkOutputs(features, (torch.randn(8, 3) + shift).requires_grad_(), labels)
 
 
+@pytest.mark.slow
 @each_aligned
 def test_alignment_loss_compiles_to_one_graph(method: Method) -> None:
     alignment = contract.build_model(method).alignment
@@ -194,6 +196,7 @@ def test_alignment_loss_compiles_to_one_graph(method: Method) -> None:
         )
 
 
+@pytest.mark.slow
 @each_method
 def test_backbone_compiles_to_one_graph(method: Method) -> None:
     module = contract.build_model(method)

@@ -268,6 +268,7 @@ def toy(method: type[MCD], adapt: bool, seed: int, trade_off: float = 1.0, angle
     return float((module.eval()(values).argmax(1) == labels).float().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [MCD, SWD])
 def test_it_helps_on_a_toy(method: type[MCD]) -> None:
     assert toy(method, False, seed=1) < 0.96

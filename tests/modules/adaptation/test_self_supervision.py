@@ -286,6 +286,7 @@ def test_bf16_mixed(domains: Path) -> None:
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["joint", "domain_specific"])
 def test_compiled_trains_alike(policy: str, domains: Path) -> None:
     """Backbone and sum compiled: the term's passes go through the compiled backbone, and change no number."""

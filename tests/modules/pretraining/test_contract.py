@@ -13,7 +13,7 @@ import lightning.pytorch as L
 import pretraining_contract as contract
 import pytest
 import torch
-from contract import PRECISIONS
+from contract import PRECISIONS, each_precision
 from torch import Tensor, nn
 from transfer_contract import QUIET, differing, weights
 
@@ -111,6 +111,7 @@ def test_resumed_equals_uninterrupted(
     assert not differing(end, weights(resumed))
 
 
+@pytest.mark.slow
 @each_method
 def test_resumed_with_workers_equals_uninterrupted(method: Method, run: Callable[[Method], Run], folders: Path) -> None:
     _, end, checkpoints = run(method)
@@ -127,7 +128,7 @@ def test_resumed_while_accumulating_equals_uninterrupted(method: Method, folders
 
 
 @each_method
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 def test_resumed_in_other_precisions_equals_uninterrupted(
     method: Method, precision: str, folders: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import transfer_contract as contract
-from contract import PRECISIONS
+from contract import PRECISIONS, each_precision
 from torch import Tensor
 
 from framework.modules import TransferClassifier
@@ -91,6 +91,7 @@ def test_resumed_equals_uninterrupted(case: Case, batches: int, run: Callable[[C
     assert not contract.differing(end, contract.weights(resumed))
 
 
+@pytest.mark.slow
 @each_case
 def test_resumed_with_workers_equals_uninterrupted(case: Case, run: Callable[[Case], Run], folder: Path) -> None:
     _, end, checkpoints = run(case)
@@ -116,7 +117,7 @@ def test_again_and_with_loggers_the_same(case: Case, run: Callable[[Case], Run],
 
 
 @each_case
-@pytest.mark.parametrize("precision", PRECISIONS)
+@each_precision
 def test_resumed_in_other_precisions_equals_uninterrupted(
     case: Case, precision: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_resumed_in_other_precisions_equals_uninterrupted(
     assert not contract.differing(contract.weights(whole), contract.weights(resumed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     # the other policies have the backbone of the first
