@@ -54,6 +54,11 @@ class RunCheckpoint(ModelCheckpoint):
             state_dict = state_dict | paths | {"best_k_models": scores, "dirpath": here}
         super().load_state_dict(state_dict)
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Save after a step, if steps say when to: to find out that none does takes Lightning's a while."""
+        if self._every_n_train_steps > 0 or self._train_time_interval is not None:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
 
 class LastCheckpoint(RunCheckpoint):
     """``checkpoints/last.ckpt``: the end of every epoch, and the batch at which a run was asked to stop (SIGTERM).

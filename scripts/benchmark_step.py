@@ -69,6 +69,10 @@ class OneBatch(L.LightningDataModule):
         super().__init__()
         self.batch, self.steps = batch, steps
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """It is there already."""
+        return batch
+
     def train_dataloader(self) -> DataLoader[Any]:
         """The batch, ``steps`` times."""
         return DataLoader([self.batch] * self.steps, batch_size=None)

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.profilers import SimpleProfiler
 
 from framework import ImageFolderDataModule, ResidualClassifier, Trainer
 from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, SampleImages
 from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from framework.errors import ConfigurationError
-from framework.trainer import STEP_HOOKS
+from framework.trainer import STEP_HOOKS, NoProfiler
 
 DEFAULTS = {SampleImages, FinalMetrics, ConfusionMatrix, PredictionWriter, BestCheckpoint, LastCheckpoint}
 
@@ -180,3 +182,36 @@ def test_hooks_that_a_callback_defines_are_called_and_the_others_passed_over(dat
     assert callable(Callback().on_after_backward)  # of these callbacks alone
     idle = [c for c in trainer.callbacks if type(c) in DEFAULTS and c.on_before_backward is not None]  # type: ignore[attr-defined]
     assert not idle
+
+
+def test_nothing_is_profiled_unless_asked_for(data: ImageFolderDataModule) -> None:
+    trainer = build(logger=False, enable_checkpointing=False)
+    assert type(trainer.profiler) is NoProfiler
+    trainer.fit(ResidualClassifier(3, backbone="resnet8"), data)
+    own = SimpleProfiler()
+    trainer = build(logger=False, enable_checkpointing=False, profiler=own)
+    trainer.fit(ResidualClassifier(3, backbone="resnet8"), data)
+    assert trainer.profiler is own
+    assert len(own.recorded_durations["run_training_batch"]) == 2
+    assert type(build(profiler="simple", logger=False).profiler) is SimpleProfiler
+
+
+class Hooks(Callback):
+    """Looks at what Lightning notes as the hook that runs, which ``log`` goes by."""
+
+    def __init__(self) -> None:
+        self.noted: list[str | None] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.noted.append(pl_module._current_fx_name)
+
+
+def test_the_hook_that_runs_is_noted(data: ImageFolderDataModule) -> None:
+    hooks, model = Hooks(), ResidualClassifier(3, backbone="resnet8")
+    build(callbacks=hooks, logger=False, enable_checkpointing=False).fit(model, data)
+    assert hooks.noted == ["on_train_batch_end"] * 2
+    assert model._current_fx_name is None
+    model.head = torch.nn.Linear(model.num_features, 3)  # parts and parameters go where torch wants them
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    assert "head" in dict(model.named_children())
+    assert "scale" in dict(model.named_parameters())

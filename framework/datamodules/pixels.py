@@ -146,6 +146,10 @@ class PixelDataModule(L.LightningDataModule):
         report(f"Images as the backbone expects them: {values}.")
 
     # ------------------------------------------------------------------ on the device
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As Lightning does, but on a CPU, where what loaders make is already."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalise the images of a batch on its device, and make the views that a loader has only planned."""
         if isinstance(batch, DomainBatch):

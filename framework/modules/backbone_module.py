@@ -125,6 +125,14 @@ class BackboneModule(L.LightningModule):
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self._means = RunningMeans()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module's, but for the name of a hook, which Lightning notes four dozen times a step: torch takes a
+        while to find that it is neither parameter nor module."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # ------------------------------------------------------------------ network
     def started(self, name: str, module: Module) -> Module:
         """The same module, begun as the part ``name`` of the checkpoint that ``init_from`` gives, if it fits.

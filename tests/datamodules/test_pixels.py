@@ -201,3 +201,13 @@ def test_hyperparameters_are_in_the_checkpoint(domains: Path, recorder: Any, tra
     assert checkpoint["ImageFolderDataModule"]["batches"] == 6
     again = ImageFolderDataModule.load_from_checkpoint(tmp_path / "run.ckpt")
     assert again.root == str(domains / "source")
+
+
+def test_batches_are_moved_where_there_is_a_device_to_move_them_to(domains: Path) -> None:
+    data = build(domains)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert data.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert type(moved) is type(batch)
+    assert {tensor.device.type for tensor in moved} == {"meta"}
