@@ -164,7 +164,7 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         if out is None:
             size = self.augmentation.image_size
             out = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        self._cut(image, out, *(int(place) for place in view[:4]), mirrored=bool(view.flip))
+        self._cut(image, view, out)
         if view.order >= 0:
             for step in ORDERS[int(view.order)]:
                 out.copy_(_COLORS[step](out, view[6 + step]))
@@ -174,13 +174,14 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
             out.copy_(pixels.gaussian_blur(out, [self.augmentation.kernel] * 2, [view.sigma] * 2))
         return out[0]
 
-    def _cut(self, image: Tensor, out: Tensor, top: int, left: int, height: int, width: int, mirrored: bool) -> None:
+    def _cut(self, image: Tensor, view: View, out: Tensor) -> None:
         size, side = self.augmentation.image_size, self.augmentation.side
+        top, left, height, width = (int(place) for place in view[:4])
         if top < 0 or left < 0 or top + height > side or left + width > side:
             image = F.pad(image, (PADDING,) * 4)
             top, left = top + PADDING, left + PADDING
         window = image[:, top : top + height, left : left + width][None]
-        if mirrored:  # here, where it takes the place of a copy
+        if view.flip:  # here, where it takes the place of a copy
             window = window.flip(-1)
         if height == width == size:
             out.copy_(window)

@@ -103,6 +103,7 @@ class AdversarialLoss(AlignmentLoss):
         self.diagnostics = {"reversal_coefficient": coefficient}
         return reverse_gradient(torch.cat([source.features, target.features]), coefficient)
 
+    @full_precision
     def domain_loss(self, logits: Tensor, source_count: int, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The discriminator's loss, a scalar.
 
@@ -111,19 +112,22 @@ class AdversarialLoss(AlignmentLoss):
             source_count: ``N``.
             weights: of the source's images ``[N]`` and of the target's ``[M]``; 1 by default.
         """
-        parts = logits[:source_count], logits[source_count:]
-        losses = [domain_cross_entropy(part, i == 0, self.source_label) for i, part in enumerate(parts)]
-        errors = [domain_errors(part, i == 0, self.source_label).mean() for i, part in enumerate(parts)]
-        plain = losses[0].mean() + losses[1].mean()
+        counts = source_count, len(logits) - source_count
+        signs = (1.0, -1.0) if self.source_label == 0 else (-1.0, 1.0)
+        # of each image: its share of its domain's mean, and the sign of a logit that is wrong
+        share = torch.cat([logits.new_full((count,), 1 / count) for count in counts])
+        wrong = torch.cat([logits.new_full((count,), sign) for count, sign in zip(counts, signs, strict=True)])
+        against = logits * wrong
+        losses = F.softplus(against)  # -log sigmoid(z) for label 1, -log(1 - sigmoid(z)) for label 0
+        plain = torch.dot(losses, share)
         self.diagnostics = {
             **self.diagnostics,
             "domain_loss": plain.detach() / 2,
-            "domain_accuracy": 1 - (errors[0] + errors[1]) / 2,
+            "domain_accuracy": 0.5 - torch.dot(against.detach().sign(), share) / 4,
         }
         if weights is None:
             return self.domain_factor * plain
-        weighted = [(weight * loss).mean() for weight, loss in zip(weights, losses, strict=True)]
-        return self.domain_factor * (weighted[0] + weighted[1])
+        return self.domain_factor * torch.dot(losses, share * torch.cat(weights).to(share.dtype))
 
     def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
         """A discriminator that is right on all images, while the features should have been turned against it."""
