@@ -3,8 +3,9 @@
 Parts, both by default:
 
 - ``steps``: a method's step under the Trainer, default logging on, beside the loop that one would write by hand for the
-  same method (scripts/hand_written.py) and the bare step that all methods contain (one forward of both domains,
-  cross-entropy, backward). Both loops must compute the method's own loss, or the benchmark stops.
+  same method (scripts/hand_written.py), the bare step that all methods contain (one forward of both domains,
+  cross-entropy, backward), and pytorch-adapt's where it imports (scripts/peers.py). The loops written by hand must
+  compute the method's own loss, or the benchmark stops.
 - ``overhead``: what the Trainer adds to a hand-written step, in milliseconds, on a network that takes no time.
 
 Steps take turns: after each step of the Trainer the other forms take one; on a GPU after each ``--block`` of steps, so
@@ -33,6 +34,7 @@ from typing import Any
 
 import hand_written
 import lightning.pytorch as L
+import peers
 import torch
 import yaml
 from measuring import (
@@ -56,6 +58,7 @@ from framework.networks import Preprocessing
 
 METHODS = Path(__file__).resolve().parents[1] / "experiments" / "methods"
 TRAINER, HAND, TWO, BARE = "this project's Trainer", "hand-written", "hand-written, two forwards", "bare step"
+PEER = "pytorch-adapt"
 OPTIONS = {  # of the methods, beside their files: all pairs of a batch, and no dropout, so that losses can be compared
     "dan": {"estimator": "unbiased", "bottleneck_dropout": 0.0}
 }
@@ -179,6 +182,9 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             forms[HAND] = hand_written.Loop(module, alignment, count, two_forwards, half)
             if method == "dann" and not two_forwards:
                 forms[TWO] = hand_written.Loop(module, alignment, count, True, half)
+        peer = None if options.no_peers else peers.pytorch_adapt(method, module, half)
+        if peer is not None:
+            forms[PEER] = peer
         tolerance = 3e-2 if half else 1e-3  # the module's losses on features are in float32
         clock = TakingTurns(forms, options.warm_up, (HAND,), tolerance, options.block)
         train(module, batch, count, clock, precision=options.precision)
@@ -365,6 +371,7 @@ def all_options() -> argparse.ArgumentParser:
     parser.add_argument("--block", type=int, default=block, help="steps of a turn in `steps`; default: 1, on a GPU 10")
     parser.add_argument("--overhead_steps", type=int, default=2000)
     parser.add_argument("--no_memory", action="store_true", help="do not start a process for each method and form")
+    parser.add_argument("--no_peers", action="store_true", help="without pytorch-adapt")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     return parser
 
@@ -376,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.memory_of:
         print_memory(*options.memory_of, options)
         return 0
-    result: dict[str, Any] = {"machine": machine("torch", "torchvision", "lightning")}
+    result: dict[str, Any] = {"machine": machine("torch", "torchvision", "lightning", "pytorch-adapt")}
     result |= {part: PARTS[part](options) for part in options.parts}
     report(result, markdown(result, options), options)
     return 0

@@ -4,15 +4,19 @@ it."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import benchmark_step
 import hand_written
 import pytest
-from benchmark_step import BARE, HAND, TRAINER, TWO
+import torch
+from benchmark_step import BARE, HAND, PEER, TRAINER, TWO
+from peers import pytorch_adapt
 
-QUICK = ["--backbone", "resnet8", "--image_size", "8", "--batch_size", "4", "--steps", "4", "--warm_up", "1"]
+SMALL = ["--backbone", "resnet8", "--image_size", "8", "--batch_size", "4", "--steps", "4", "--warm_up", "1"]
+QUICK = [*SMALL, "--no_peers"]
 
 
 def test_steps_and_overhead(tmp_path: Path) -> None:
@@ -50,6 +54,31 @@ def test_a_loop_of_another_loss_is_refused(method: str, block: str, monkeypatch:
     monkeypatch.setitem(hand_written.ALIGNMENTS, method, lambda *inputs: 1.1 * hand_written.source_only(*inputs) + 0.01)
     with pytest.raises(AssertionError, match="not close"):
         benchmark_step.main([*QUICK, "--parts", "steps", "--methods", method, "--no_memory", "--block", block])
+
+
+@pytest.mark.parametrize("method", ["dann", "dan", "mcc"])
+def test_pytorch_adapt_trains_the_networks_of_the_module(method: str, tmp_path: Path) -> None:
+    """On one batch of noise its loss falls; and it is a row of the table."""
+    pytest.importorskip("pytorch_adapt.hooks")
+    options = benchmark_step.all_options().parse_args(SMALL)
+    step = pytorch_adapt(method, benchmark_step.build(method, options))
+    assert step is not None
+    batch = benchmark_step.random_batch(16, 8, 31)
+    losses = [step(batch).item() for _ in range(20)]
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    out = tmp_path / "step.json"
+    more = ["--parts", "steps", "--methods", method, "--no_memory", "--json", str(out)]
+    assert benchmark_step.main([*SMALL, *more]) == 0
+    assert PEER in {row["form"] for row in json.loads(out.read_text())["steps"]}
+
+
+def test_where_pytorch_adapt_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_adapt.hooks", None)
+    assert pytorch_adapt("dann", torch.nn.Identity()) is None
+    assert "no column for pytorch-adapt: " in capsys.readouterr().err
+    assert pytorch_adapt("cdan", torch.nn.Identity()) is None  # a method of which it has no like
 
 
 @pytest.mark.slow
