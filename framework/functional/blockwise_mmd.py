@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,19 +73,14 @@ class _Blockwise(torch.autograd.Function):
                 features[::2], features[1::2], problem.steps, problem.bandwidths, needs[::2], needs[1::2], strict=True
             )
         ]
-        blocks = _blocks(len(features[0]), len(features[1]), features[0].device)
-        within_source, within_target, between = problem.weights
-        weights = {(False, False): within_source, (True, True): within_target, (False, True): between}
         value = features[0].new_zeros(())
-        for position, (rows, of_target) in enumerate(blocks):
-            for columns, also_of_target in blocks[position:]:
-                weight = weights[of_target, also_of_target]
-                kernels = [layer.kernel(rows, columns) for layer in layers]
-                product = math.prod(kernels[1:], start=kernels[0])
-                value.add_(product.sum(), alpha=weight if rows == columns else 2.0 * weight)
-                for layer in layers:
-                    others = [kernel for kernel, other in zip(kernels, layers, strict=True) if other is not layer]
-                    layer.add_gradient(rows, columns, others, weight)
+        for rows, columns, weight, weights in _blocks(features[0], features[1], problem.weights):
+            kernels = [layer.kernel(rows, columns) for layer in layers]
+            product = math.prod([*kernels[1:], *weights], start=kernels[0])
+            value.add_(product.sum(), alpha=weight if rows == columns else 2.0 * weight)
+            for layer in layers:
+                others = [kernel for kernel, other in zip(kernels, layers, strict=True) if other is not layer]
+                layer.add_gradient(rows, columns, [*others, *weights], weight)
         gradients = [gradient for layer in layers for gradient in layer.gradients()]
         ctx.save_for_backward(*gradients)
         return value
@@ -151,7 +146,10 @@ class _Layer:
         return kernel
 
     def add_gradient(self, rows: slice, columns: slice, others: list[Tensor], weight: float) -> None:
-        """Add what the block's pairs contribute: to its rows and, where it is off the diagonal, to its columns."""
+        """Add what the block's pairs contribute: to its rows and, where it is off the diagonal, to its columns.
+
+        ``others`` are what the pairs are multiplied by, beside the weight: the other layers' kernels, for example.
+        """
         if not any(self.wanted):
             return
         assert self.slope is not None
@@ -172,12 +170,34 @@ class _Layer:
         return source if self.wanted[0] else None, target if self.wanted[1] else None
 
     def _wants(self, rows: slice) -> bool:
-        return self.wanted[int(rows.start >= self.source_rows)]
+        of_source, of_target = self.wanted
+        return (of_source and rows.start < self.source_rows) or (of_target and rows.stop > self.source_rows)
 
 
-def _blocks(source: int, target: int, device: torch.device) -> list[tuple[slice, bool]]:
-    """Rows of the joint sample, the source first, and whether they are of the target; none has rows of both."""
-    size = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
-    of_source = [(slice(start, min(start + size, source)), False) for start in range(0, source, size)]
-    end = source + target
-    return of_source + [(slice(start, min(start + size, end)), True) for start in range(source, end, size)]
+class _Block(NamedTuple):
+    rows: slice
+    columns: slice
+    weight: float
+    weights: Sequence[Tensor] = ()  # of each pair, where they are not the same
+
+
+def _blocks(source: Tensor, target: Tensor, weights: Pairs) -> Iterator[_Block]:
+    """The blocks on and above the diagonal of the joint sample, the source first."""
+    n, m = len(source), len(target)
+    size = CPU_ROWS if source.device.type == "cpu" else ACCELERATOR_ROWS
+    if (
+        n + m <= size // 2
+    ):  # one block of all pairs: twice the numbers, but calling the operations costs more than those
+        pairs = source.new_full((n + m, n + m), weights.between)
+        pairs[:n, :n], pairs[n:, n:] = weights.within_source, weights.within_target
+        yield _Block(slice(0, n + m), slice(0, n + m), 1.0, (pairs,))
+        return
+    of_source = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    of_target = [slice(start, min(start + size, n + m)) for start in range(n, n + m, size)]
+    blocks = of_source + of_target  # none has rows of both
+    for position, rows in enumerate(blocks):
+        for columns in blocks[position:]:
+            if columns.start < n:
+                yield _Block(rows, columns, weights.within_source)
+            else:
+                yield _Block(rows, columns, weights.between if rows.start < n else weights.within_target)

@@ -92,13 +92,15 @@ def test_joint_against_all_pairs(estimator: Any, dtype: torch.dtype, offset: flo
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("bandwidth", [None, 2.5, torch.tensor(2.5)])
+@pytest.mark.parametrize("rows", [4, 30])
 def test_scales_and_bandwidths(
     estimator: Callable[..., Tensor],
     scales: tuple[float, ...],
     bandwidth: Tensor | float | None,
+    rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(blockwise_mmd, "CPU_ROWS", 4)
+    monkeypatch.setattr(blockwise_mmd, "CPU_ROWS", rows)
     source, target = samples(9), samples(6, seed=1, shift=0.5)
     number = None if bandwidth is None else 2.5
     expected = value_and_gradients(
@@ -118,8 +120,9 @@ def test_gradcheck(estimator: Any, rows: int, scales: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradient_of_one_domain_and_its_factor(estimator: Callable[..., Tensor], monkeypatch: Any) -> None:
-    monkeypatch.setattr(blockwise_mmd, "CPU_ROWS", 4)
+@pytest.mark.parametrize("rows", [4, 30])
+def test_gradient_of_one_domain_and_its_factor(estimator: Callable[..., Tensor], rows: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(blockwise_mmd, "CPU_ROWS", rows)
     both = [samples(9), samples(6, seed=1, shift=0.5)]
     expected = value_and_gradients(estimator, *both)
     for learns in (0, 1):
@@ -238,3 +241,12 @@ def test_each_pair_of_blocks_once_and_one_exponential(monkeypatch: pytest.Monkey
     with Watch() as watch, torch.no_grad():
         unbiased_mmd(samples(9).requires_grad_(), samples(6))
     assert sum("addmm" in name for name in watch.operations) == 15
+
+
+@pytest.mark.parametrize(("rows", "products"), [(29, 3 + 3 + 1), (30, 1 + 1)])
+def test_few_samples_are_one_block(rows: int, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as half a block has rows; of one sample more each domain has a block of its own."""
+    monkeypatch.setattr(blockwise_mmd, "CPU_ROWS", rows)
+    with Watch() as watch:
+        unbiased_mmd(samples(9).requires_grad_(), samples(6).requires_grad_()).backward()
+    assert sum("addmm" in name for name in watch.operations) == products
