@@ -23,8 +23,8 @@ def keep_freed_memory() -> bool:
     """Make glibc's ``malloc`` keep what is freed, for the rest of the process.
 
     By default it takes each tensor of more than some megabytes from the system and gives it back when it is freed. On a
-    CPU, a training step then takes the same memory again, and the system clears it page by page: a sixth to a quarter
-    of the step. Does in a running process what ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` and a large
+    CPU, a training step then takes the same memory again, and the system clears it page by page: a twentieth of the
+    step and more. Does in a running process what ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` and a large
     ``MALLOC_TOP_PAD_`` do in its environment. The cost: the process stays as large as it has ever been, until it ends.
 
     Does nothing where the C library is another one, where jemalloc, tcmalloc or the like takes its place, or where the

@@ -37,7 +37,7 @@ class Trainer(L.Trainer):
         callbacks: callbacks to add; a ``ModelCheckpoint`` among them does not replace ``last`` and ``best``.
         enable_checkpointing: False for no checkpoints.
         keep_memory: on a CPU, a ``fit`` keeps memory once taken instead of giving it back to the system after every
-            step, which costs a sixth to a quarter of the step (:func:`~framework.allocator.keep_freed_memory`). The
+            step, which costs a twentieth of the step and more (:func:`~framework.allocator.keep_freed_memory`). The
             process then stays as large as its largest step to its end.
         float32_matmul_precision: of matrix products of float32 tensors: ``highest``, ``high`` (TF32 on a GPU) or
             ``medium`` (there the same, bfloat16 where the device has it), as ``torch.set_float32_matmul_precision`` has
