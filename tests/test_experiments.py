@@ -241,6 +241,7 @@ def test_flags_win_over_both_files(here: Path, capsys: pytest.CaptureFixture[str
 
 
 # ---------------------------------------------------------------------- that they run
+@pytest.mark.slow
 @pytest.mark.parametrize("files", COMPOSITIONS, ids=name)
 def test_every_composition_runs(files: tuple[Path, Path], here: Path) -> None:
     before = set(here.rglob("*"))

@@ -327,6 +327,7 @@ def test_the_table_of_transfer_is_whole() -> None:
             assert year in text, (name, year)
 
 
+@pytest.mark.slow
 def test_the_table_of_diagnostics_is_whole(domains: Path, tmp_path: Path, images: Callable[..., Path]) -> None:
     """What each method logs in a step, beyond what all do, is described, and no more."""
     general = [name for row in table(README, "scalar") for name in quoted_names(row[0])]

@@ -59,6 +59,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 STILL = "learning_rate=0.0,backbone_learning_rate_factor=0.0"
 
 
+@pytest.mark.slow
 def test_digits(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each pair and seed starts from its own pre-training; one table of both pairs."""
     methods = ["source_only", f"source_only:{STILL},{START}", "rotation", "dan_rotation"]

@@ -18,6 +18,7 @@ CONVOLUTIONAL = (
 TRANSFORMERS = ("vit_b_16", "vit_b_32", "swin_t", "swin_v2_t")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONVOLUTIONAL, *TRANSFORMERS])
 def test_of_torchvision(name: str) -> None:
     assert is_convolutional(create_backbone(name)) == (name in CONVOLUTIONAL)

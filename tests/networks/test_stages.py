@@ -61,6 +61,7 @@ def build(name: str) -> tuple[nn.Module, int]:
         return backbone, timm.data.resolve_model_data_config(backbone)["input_size"][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [*TORCHVISION.items(), *TIMM.items()])
 def test_stages_of_published_networks(name: str, count: int) -> None:
     backbone, size = build(name)

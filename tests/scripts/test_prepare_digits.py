@@ -99,6 +99,7 @@ def test_labels_are_the_packages(digits: Path) -> None:
             assert int(path.parent.name) == labels[int(path.stem)]
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_bytes(digits: Path, tmp_path: Path) -> None:
     for domain in ("optdigits", "mnist_m"):  # one alone, too: the domains share no random stream
         assert prepare_digits.main(["--output", str(tmp_path), "--domains", domain]) == 0

@@ -50,6 +50,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_packages_tensors_under_timms_names(output: Path) -> None:
     import timm
 

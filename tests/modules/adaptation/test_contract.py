@@ -84,6 +84,7 @@ def test_resumed_with_workers_equals_uninterrupted(method: Method, domains: Path
     assert trained_alike(whole, contract.fit(method, domains, resume=path, data={"num_workers": 2}, max_epochs=2))
 
 
+@pytest.mark.slow
 @each_method
 def test_resumed_while_accumulating_equals_uninterrupted(method: Method, domains: Path, tmp_path: Path) -> None:
     path = tmp_path / "stop.ckpt"

@@ -97,6 +97,7 @@ def test_the_adversary_is_learned_saved_and_measured() -> None:
     assert float(alignment.diagnostics["adversary"]) == pytest.approx(math.sqrt(sum(moved) / 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["biased", "linear_time"])
 def test_the_adversary_compiles_and_keeps_its_value_under_autocast(estimator: Any) -> None:
     torch._dynamo.reset()

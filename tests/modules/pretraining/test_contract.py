@@ -139,6 +139,7 @@ def test_resumed_in_other_precisions_equals_uninterrupted(
     assert not differing(weights(whole), weights(resumed))
 
 
+@pytest.mark.slow
 @each_method
 def test_trains_with_a_compiled_backbone(method: Method, folders: Path) -> None:
     """It is one graph without breaks, and another for the pass that sets running statistics where a task has that; the

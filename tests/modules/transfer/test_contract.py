@@ -99,6 +99,7 @@ def test_resumed_with_workers_equals_uninterrupted(case: Case, run: Callable[[Ca
     assert not contract.differing(end, contract.weights(resumed))
 
 
+@pytest.mark.slow
 @each_case
 def test_resumed_while_accumulating_equals_uninterrupted(case: Case, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "stop.ckpt"
