@@ -34,9 +34,9 @@ def blockwise_discrepancy(
 ) -> Tensor:
     """``sum over i != j of w_ij * prod over layers l of k_l(z_i, z_j)``, over all pairs of the joint sample.
 
-    The matrix of pairs is symmetric and never whole: of each block on or above the diagonal the kernels and their
-    slopes are made, used for the value and for both domains' gradients, and forgotten. Memory is that of the features
-    and of a few blocks. A graph of ``torch.compile`` breaks here: a loop over blocks is nothing to unroll.
+    The matrix of pairs is symmetric and not made whole, but for few samples: of each block on or above the diagonal the
+    kernels and their slopes are made, used for the value and for both domains' gradients, and forgotten. Memory is that
+    of the features and of a few blocks. A graph of ``torch.compile`` breaks here: loops over blocks are not unrolled.
 
     The gradient is made with the value, so that the kernels are made once: only the first derivative exists.
     None flows into the bandwidths.
@@ -185,9 +185,8 @@ def _blocks(source: Tensor, target: Tensor, weights: Pairs) -> Iterator[_Block]:
     """The blocks on and above the diagonal of the joint sample, the source first."""
     n, m = len(source), len(target)
     size = CPU_ROWS if source.device.type == "cpu" else ACCELERATOR_ROWS
-    if (
-        n + m <= size // 2
-    ):  # one block of all pairs: twice the numbers, but calling the operations costs more than those
+    # all pairs at once: more numbers than on and above the diagonal, but calling operations costs more than those
+    if n + m <= size // 2:
         pairs = source.new_full((n + m, n + m), weights.between)
         pairs[:n, :n], pairs[n:, n:] = weights.within_source, weights.within_target
         yield _Block(slice(0, n + m), slice(0, n + m), 1.0, (pairs,))
