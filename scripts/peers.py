@@ -43,7 +43,7 @@ def pytorch_adapt(method: str, module: Any, bfloat16: bool = False) -> Callable[
     """A step of a method, or None where pytorch-adapt has none of these hooks or does not import.
 
     Its hooks send each domain through the network by itself, weigh all losses alike, and read them back from the
-    device in every step.
+    device in every step. With ``bfloat16`` the backward pass is under autocast too: a hook is the whole step.
     """
     if method not in HOOKS:
         return None
