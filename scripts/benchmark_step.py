@@ -54,6 +54,7 @@ from torch.utils.data import DataLoader
 
 import framework
 from framework.batch import DomainBatch, LabelledBatch
+from framework.datamodules.datasets import whole
 from framework.networks import Preprocessing
 
 METHODS = Path(__file__).resolve().parents[1] / "experiments" / "methods"
@@ -78,7 +79,7 @@ class OneBatch(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The batch, ``steps`` times."""
-        return DataLoader([self.batch] * self.steps, batch_size=None)
+        return DataLoader([self.batch] * self.steps, batch_size=None, collate_fn=whole)
 
 
 class TakingTurns(L.Callback):
@@ -251,7 +252,7 @@ class Diagnosed(hand_written.Loop):
         """As the module's."""
         outputs = self.module.outputs(torch.cat([batch.source.images, batch.target]))
         source, target = outputs.split(len(batch.source.images))
-        self.module.target_diagnostics(target)
+        self.module.watch_target(target.logits)
         progress = torch.full((), min(1.0, self.step_number / self.steps), device=DEVICE)
         labels = batch.source.labels
         aligned: Tensor = self.module.alignment(source._replace(labels=labels), target, progress)

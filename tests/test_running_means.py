@@ -12,9 +12,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from framework import DANN, DomainPairDataModule, ImageFolderDataModule, ResidualClassifier, Trainer
-from framework.running_means import RunningMeans
+from framework.functional import marginal_entropy
+from framework.running_means import AT_ONCE, RunningMeans
 
 
 class Rows(Logger):
@@ -48,6 +50,42 @@ def test_means_since_the_last_row() -> None:
             means.add({"train/b": torch.tensor(10.0 * step)})
         means.write(trainer)
     assert logger.rows == [(2, {"train/a": 1.0, "train/b": 10.0}), (5, {"train/a": 4.0, "train/b": 40.0})]
+
+
+def test_means_of_many_steps() -> None:
+    """More than are kept: sums are made on the way."""
+    logger, means = Rows(), RunningMeans()
+    trainer = fake(logger, every=50)
+    for step in range(50):
+        trainer.fit_loop.epoch_loop._batches_that_stepped = step
+        means.add({"train/a": torch.tensor(float(step)), "train/b": torch.tensor(step % 2)})
+        if step >= 40:
+            means.add({"train/late": torch.tensor(1.0 + step)})
+        assert len(means._kept) < AT_ONCE
+        means.write(trainer)
+    assert logger.rows == [(49, {"train/a": 24.5, "train/b": 0.5, "train/late": 45.5})]
+
+
+def test_measured_some_steps_at_once() -> None:
+    """The mean of each step's value, also where a step has fewer images."""
+    logger, means, expected = Rows(), RunningMeans(), []
+    trainer = fake(logger, every=40)
+    generator = torch.Generator().manual_seed(0)
+    calls: list[int] = []
+
+    def entropy(logits: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return marginal_entropy(logits)
+
+    for step in range(40):
+        trainer.fit_loop.epoch_loop._batches_that_stepped = step
+        logits = 3 * torch.randn(2 if step == 20 else 5, 3, generator=generator)
+        expected.append(float(marginal_entropy(logits)))
+        means.add_measured("train/entropy", entropy, logits)
+        means.write(trainer)
+    ((_, row),) = logger.rows
+    assert row == {"train/entropy": pytest.approx(sum(expected) / 40, rel=1e-6)}
+    assert calls == [16, 4, 1, 16, 3]
 
 
 def test_one_row_a_step_where_gradients_accumulate(domains: Path) -> None:

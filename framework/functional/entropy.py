@@ -32,14 +32,14 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy, in nats, of the mean of all rows' softmax: ``log K`` where all classes are predicted alike often.
 
     Args:
-        logits: shape ``[N, K]``.
+        logits: shape ``[..., N, K]``, one batch or several.
 
     Returns:
-        0-d tensor between 0 (all rows name one class) and ``log K``.
+        Shape ``[...]``, between 0 (all rows name one class) and ``log K``; 0-d for one batch.
 
     >>> marginal_entropy(torch.tensor([[0.0, 1000.0], [1000.0, 0.0]]))
     tensor(0.6931)
     """
-    marginal = logits.softmax(dim=1).mean(dim=0)
+    marginal = logits.softmax(dim=-1).mean(dim=-2)
     # a class that has rounded to 0 adds 0, and its gradient stays finite
-    return -torch.dot(marginal, marginal.clamp(min=torch.finfo(marginal.dtype).tiny).log())
+    return -(marginal * marginal.clamp(min=torch.finfo(marginal.dtype).tiny).log()).sum(dim=-1)

@@ -36,7 +36,7 @@ from framework.running_means import RunningMeans
 from framework.seeding import global_seed
 
 Module = TypeVar("Module", bound=nn.Module)
-SHOW_LOSS_EVERY = 10  # batches, as the Trainer's progress bar
+SHOW_LOSS_EVERY = 10  # batches, as the progress bar, at most
 
 
 class BackboneModule(L.LightningModule):
@@ -185,9 +185,8 @@ class BackboneModule(L.LightningModule):
         every tenth, and of an epoch's last batch: a call of ``log`` costs as much as all else that Lightning does in a
         step.
         """
-        self._means.add(
-            {"train/loss": loss.detach()} | {f"train/{name}": term.detach() for name, term in terms.items()}
-        )
+        values = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        self._means.add({name: value.detach() if value.requires_grad else value for name, value in values.items()})
         trainer = self._trainer  # None where a step is taken by hand
         if trainer and (batches_processed(trainer) % SHOW_LOSS_EVERY == 0 or trainer.is_last_batch):
             self.log("train/loss", loss.detach(), prog_bar=True, logger=False)

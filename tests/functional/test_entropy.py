@@ -49,3 +49,12 @@ def test_bounds() -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(framework.functional.entropy, extraglobs={"torch": torch}) == (0, 2)
+
+
+def test_marginal_entropy_of_several_batches() -> None:
+    logits = 3 * torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    found = marginal_entropy(logits)
+    assert found.shape == (2, 4)
+    for i in range(2):
+        for j in range(4):
+            torch.testing.assert_close(found[i, j], marginal_entropy(logits[i, j]))

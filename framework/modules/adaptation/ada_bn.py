@@ -63,7 +63,8 @@ class AdaBN(DomainAdaptation):
         loss = self.classification_loss(source.logits, batch.source.labels)
         with torch.no_grad():
             target = self.outputs_in("target", batch.target)
-        return self.logged_loss(loss, classification_loss=loss, **self.target_diagnostics(target))
+        self.watch_target(target.logits)
+        return self.logged_loss(loss, classification_loss=loss)
 
     def on_validation_epoch_end(self) -> None:
         """Label-free scores of the target, and how far the domains' statistics are apart."""

@@ -233,8 +233,8 @@ class ADDA(DomainAdaptation):
             source = self.outputs_in("source", batch.source.images)
         target = self.outputs_in("target", batch.target)
         loss = self.alignment_loss(source, target, batch)
-        diagnostics = {**self.alignment.diagnostics, **self.target_diagnostics(target)}
-        return self.logged_loss(self.trade_off * loss, alignment_loss=loss, **diagnostics)
+        self.watch_target(target.logits)
+        return self.logged_loss(self.trade_off * loss, alignment_loss=loss, **self.alignment.diagnostics)
 
     def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
         """Those of the base, by the progress within the stage."""

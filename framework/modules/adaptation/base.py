@@ -189,12 +189,12 @@ class DomainAdaptation(ImageClassifier):
         source, target = self.domain_outputs(batch.source.images, batch.target)
         classification_loss = self.classification_loss(source.logits, batch.source.labels)
         alignment_loss = self.alignment_loss(source, target, batch)
+        self.watch_target(target.logits)
         return self.logged_loss(
             classification_loss + self.trade_off * alignment_loss,
             classification_loss=classification_loss,
             alignment_loss=alignment_loss,
             **self.alignment.diagnostics,
-            **self.target_diagnostics(target),
         )
 
     def alignment_loss(self, source: NetworkOutputs, target: NetworkOutputs, batch: DomainBatch) -> Tensor:
@@ -210,7 +210,9 @@ class DomainAdaptation(ImageClassifier):
         """What an alignment loss takes: the outputs of all processes, with labels, domains and images; draws that
         follow are the same on all of them."""
         labels = batch.source.labels
-        domains = torch.zeros_like(labels) + batch.source.domains  # 0 where it is not said
+        domains = batch.source.domains
+        if not isinstance(domains, Tensor):  # where it is not said
+            domains = torch.full_like(labels, domains)
         source = self.gathered(source._replace(labels=labels, domains=domains))._replace(images=batch.source.images)
         target = self.gathered(target)._replace(images=batch.target)
         self.reseed(SAME_ON_ALL_PROCESSES)  # what the loss draws, on the same gathered batch
@@ -229,11 +231,11 @@ class DomainAdaptation(ImageClassifier):
                 view.register_hook(lambda gradient, name=name: self._means.add({name: gradient.float().norm()}))  # type: ignore[no-untyped-call]
         return outputs._replace(**views)
 
-    def target_diagnostics(self, target: NetworkOutputs) -> dict[str, Tensor]:
-        """Entropy, in nats, of the mean prediction of a batch of target outputs: log K where all classes are predicted
-        alike often, 0 where all images get one class."""
-        self._target_batch = len(target.logits)
-        return {"target_marginal_entropy": marginal_entropy(target.logits.detach())}
+    def watch_target(self, logits: Tensor) -> None:
+        """Log the entropy, in nats, of the mean prediction of a batch of target logits ``[M, K]``: log K where all
+        classes are predicted alike often, 0 where all images get one class."""
+        self._target_batch = len(logits)
+        self._means.add_measured("train/target_marginal_entropy", marginal_entropy, logits.detach())
 
     def on_running_means(self, means: dict[str, float]) -> None:
         """Warn, once for each kind, where the means say that the method does not work."""

@@ -142,13 +142,13 @@ class MCD(DomainAdaptation):
         schedule = self.lr_schedulers()
         if isinstance(schedule, LRScheduler):
             schedule.step()
+        self.watch_target(first)
         return self.logged_loss(
             classification_loss.detach() + self.trade_off * found[-1].detach(),
             classification_loss=classification_loss / 2,  # of a head
             discrepancy=found[-1],
             discrepancy_of_heads=found[0],
             head_agreement=(first.argmax(dim=1) == second.argmax(dim=1)).float().mean(),
-            **self.target_diagnostics(NetworkOutputs(first, first)),
         )
 
     def discrepancy(self, first: Tensor, second: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from framework.datamodules import DomainPairDataModule
 from framework.errors import ConfigurationError
 from framework.functional import unbiased_mmd
 from framework.modules import DAN, DANN, SourceOnly
-from framework.networks import DomainSpecificBatchNorm, NetworkOutputs
+from framework.networks import DomainSpecificBatchNorm
 from framework.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {"backbone": "resnet8", "bottleneck_features": 16}
@@ -185,7 +185,7 @@ def test_classifier_without_bottleneck(domains: Path) -> None:
 
 def complaints(classes: int, batch: int, progress: float = 0.5, **means: float) -> list[str]:
     module = SourceOnly(classes, **OPTIONS)
-    module.target_diagnostics(NetworkOutputs(torch.randn(batch, 2), torch.randn(batch, classes)))
+    module.watch_target(torch.randn(batch, classes))
     return [key for key, _ in module.complaints({f"train/{name}": value for name, value in means.items()}, progress)]
 
 
@@ -231,7 +231,7 @@ def test_gradient_norms_of_the_alignment_alone(domains: Path) -> None:
             self.expected = {d: float(g.norm()) for d, g in zip(("source", "target"), gradients, strict=True)}
 
         def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-            kept = {name: float(value) for name, value in module._means._sums.items() if "alignment_grad" in name}
+            kept = {name: mean for name, mean in module._means.means().items() if "alignment_grad" in name}
             named = {f"train/alignment_gradient_norm/{domain}_features": v for domain, v in self.expected.items()}
             assert kept == pytest.approx(named, rel=1e-3)
 
@@ -245,7 +245,7 @@ def test_gradient_norms_are_measured_where_a_row_is_due(domains: Path) -> None:
 
     class Kept(L.Callback):
         def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-            kept.append(sum("gradient_norm" in name for name in module._means._sums))
+            kept.append(sum("gradient_norm" in name for name in module._means.means()))
 
     trainer(callbacks=[Kept()], max_steps=4, log_every_n_steps=4).fit(DAN(3, **OPTIONS), data(domains))
     assert kept == [0, 0, 0, 2]

@@ -47,8 +47,7 @@ class Watch(L.Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.after_backward = contract.weights(pl_module)
-        sums, counts = pl_module._means._sums, pl_module._means._counts
-        self.means = {name: float(total) / counts[name] for name, total in sums.items()}
+        self.means = pl_module._means.means()
 
 
 def fit(root: Path, method: Any = SDAT, model: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Watch]:
