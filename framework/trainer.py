@@ -9,13 +9,20 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from framework.allocator import KeepMemory
-from framework.callbacks import ConfusionMatrix, FinalMetrics, PredictionWriter, PretextImages, SampleImages
+from framework.callbacks import (
+    ConfusionMatrix,
+    FinalMetrics,
+    PredictionWriter,
+    PretextImages,
+    SampleImages,
+    UnhurriedProgressBar,
+)
 from framework.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from framework.errors import ConfigurationError
 from framework.loggers import AppendingCSVLogger, TensorBoardRun
@@ -88,7 +95,7 @@ class Trainer(L.Trainer):
             added += [BestCheckpoint(), LastCheckpoint()]
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if enable_progress_bar is not False and not own_bar and not options.get("barebones"):
-            added.append(TQDMProgressBar(refresh_rate=10))
+            added.append(UnhurriedProgressBar())
         added = [a for a in added if not any(type(a) is type(g) for g in given)]  # the user's own one counts
         plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins is not None else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

@@ -6,6 +6,7 @@ from framework.callbacks.final_metrics import FinalMetrics
 from framework.callbacks.online_probe import OnlineProbe
 from framework.callbacks.prediction_writer import PredictionWriter
 from framework.callbacks.pretext_images import PretextImages
+from framework.callbacks.progress_bar import UnhurriedProgressBar
 from framework.callbacks.sample_images import SampleImages
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "PredictionWriter",
     "PretextImages",
     "SampleImages",
+    "UnhurriedProgressBar",
 ]
