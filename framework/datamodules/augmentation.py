@@ -153,17 +153,16 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         resized: Tensor = image if self.resized else pixels.resize(image, [self.augmentation.side] * 2)
         return resized
 
-    def view(self, image: Tensor, view: View, out: Tensor | None = None) -> Tensor:
-        """A view of a resized image, uint8 ``[3, side, side]`` to ``[3, image_size, image_size]``.
+    def view(self, image: Tensor, view: View) -> Tensor:
+        """A view of a resized image, uint8 ``[3, side, side]`` to ``[3, image_size, image_size]``."""
+        size = self.augmentation.image_size
+        out = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        self.put_view(image, view, out)
+        return out[0]
 
-        Args:
-            image: the image.
-            view: what is done to it.
-            out: where to put the result, ``[1, 3, image_size, image_size]`` with the channels innermost in memory.
-        """
-        if out is None:
-            size = self.augmentation.image_size
-            out = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    def put_view(self, image: Tensor, view: View, out: Tensor) -> None:
+        """Put a view of a resized image into ``out``, ``[1, 3, image_size, image_size]`` with the channels innermost in
+        memory."""
         self._cut(image, view, out)
         if view.order >= 0:
             for step in ORDERS[int(view.order)]:
@@ -172,7 +171,6 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
             out.copy_(pixels.rgb_to_grayscale(out, num_output_channels=3))
         if view.sigma:
             out.copy_(pixels.gaussian_blur(out, [self.augmentation.kernel] * 2, [view.sigma] * 2))
-        return out[0]
 
     def _cut(self, image: Tensor, view: View, out: Tensor) -> None:
         size, side = self.augmentation.image_size, self.augmentation.side
@@ -180,7 +178,8 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         if top < 0 or left < 0 or top + height > side or left + width > side:
             image = F.pad(image, (PADDING,) * 4)
             top, left = top + PADDING, left + PADDING
-        window = image[None, :, top : top + height, left : left + width]
+        # a part of the array: a part of the tensor takes longer, and asks for Python's lock four times
+        window = torch.from_numpy(image.numpy()[None, :, top : top + height, left : left + width])
         if view.flip:  # here, where it is the smaller image
             window = window.flip(-1)
         if height == width == size:

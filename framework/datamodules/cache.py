@@ -44,7 +44,7 @@ class ImageCache:
     In the file the channels are innermost: so decoders give them, and so resizing takes them best.
 
     Attributes:
-        pixels: all of them, ``[N, 3, side, side]``, in the file itself: to be read only.
+        pixels: all of them, an array ``[N, 3, side, side]``, in the file itself: to be read only.
 
     Opening it finds the file or writes it; of several processes one writes, and the others wait for it. Files in memory
     are removed when the last process that has them open ends or lets go of them; what a killed process leaves behind,
@@ -94,7 +94,7 @@ class ImageCache:
 
     def __getitem__(self, index: int) -> Tensor:
         """A copy of image ``index``, uint8 ``[3, side, side]``."""
-        return self.pixels[index].clone()
+        return torch.from_numpy(self.pixels[index].copy(order="K"))
 
     @property
     def size(self) -> int:
@@ -111,7 +111,7 @@ class ImageCache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nobody may write to it
             rows = torch.frombuffer(content, dtype=torch.uint8)
-        self.pixels = rows.view(len(self.paths), self.side, self.side, 3).permute(0, 3, 1, 2)
+        self.pixels = rows.view(len(self.paths), self.side, self.side, 3).permute(0, 3, 1, 2).numpy()
 
     # ------------------------------------------------------------------ writing
     def _write(self, storage: Storage) -> None:
@@ -193,8 +193,7 @@ class CachedImages:
     def view(self, index: int) -> Tensor:
         """Image ``index``, uint8 ``[3, side, side]``, in the file itself: writing to it would end the process."""
         domain, row = self.places[index].tolist()
-        pixels: Tensor = self.caches[domain].pixels[row]
-        return pixels
+        return torch.from_numpy(self.caches[domain].pixels[row])
 
 
 def _let_go(user: int, file: Path, process: int) -> None:

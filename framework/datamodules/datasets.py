@@ -6,6 +6,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -98,11 +99,12 @@ class Images(Dataset[Any]):
             for row, index in zip(images, indices, strict=True):
                 row.copy_(transform.resize(self._pixels(index)))
             return PlannedViews(images, views.float().view(torch.int32).view(len(indices), self.views, -1))
-        images, plans = _empty(len(views), size, size), iter(views.tolist())
-        for first, index in zip(range(0, len(views), self.views), indices, strict=True):
+        images = _empty(len(views), size, size)
+        places = zip(torch.split(images, 1), views.tolist(), strict=True)
+        for index in indices:
             resized = transform.resize(self._pixels(index))
-            for row in range(first, first + self.views):
-                transform.view(resized, View(*next(plans)), out=images[row : row + 1])
+            for place, view in islice(places, self.views):
+                transform.put_view(resized, View(*view), place)
         return images if self.views == 1 else images.view(len(indices), self.views, *images.shape[1:])
 
     def _transformed(self, indices: Sequence[int], seeds: Sequence[int] | None) -> Tensor:

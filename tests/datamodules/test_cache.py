@@ -237,7 +237,7 @@ def slowly(path):
     return read(path)
 module.read_pixels = slowly
 cache = module.ImageCache(unlabelled_images(images, "x").paths, 8, storage, folder)
-print(len(decoded), int(cache.pixels.long().sum()), flush=True)
+print(len(decoded), int(cache.pixels.sum(dtype=int)), flush=True)
 sys.stdin.read()
 """
 
