@@ -221,6 +221,15 @@ class BackboneModule(L.LightningModule):
             gathered.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
         return gathered.flatten(0, 1)
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients, without the record for a profiler, which takes longer than that."""
+        if type(optimizer) is not self.optimizer_class:  # a strategy's own, which may keep gradients elsewhere
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each part and the learning rate of each group, every ``log_every_n_steps``."""
         begin_momentum(optimizer)

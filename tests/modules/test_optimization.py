@@ -201,3 +201,25 @@ def test_options_of_the_optimizer() -> None:
 def test_mistakes_name_the_flag(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         optimizer(**options)
+
+
+def test_gradients_are_forgotten() -> None:
+    """By hand for the optimizer that the module has built; one of a strategy's own, which may keep them elsewhere, does
+    it itself."""
+
+    class Own(torch.optim.SGD):
+        asked = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.asked += 1
+
+    module = ResidualClassifier(2, backbone="resnet8")
+    module(torch.randn(2, 3, 16, 16)).sum().backward()
+    own = Own(module.parameters())
+    module.optimizer_zero_grad(0, 0, own)
+    assert own.asked == 1
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    made = module.configure_optimizers()
+    assert isinstance(made, torch.optim.SGD)
+    module.optimizer_zero_grad(0, 0, made)
+    assert all(parameter.grad is None for parameter in module.parameters())
