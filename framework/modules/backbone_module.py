@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as L
@@ -124,6 +125,12 @@ class BackboneModule(L.LightningModule):
         self.preprocessing: Preprocessing = self.backbone.preprocessing  # type: ignore[assignment]
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self._means = RunningMeans()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Lightning asks for the signature of ``training_step`` in every step: here it is."""
+        super().__init_subclass__(**options)
+        if "training_step" in vars(cls):
+            cls.training_step.__signature__ = inspect.signature(cls.training_step)  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As any module's, but for the name of a hook, which Lightning notes four dozen times a step: torch takes a
