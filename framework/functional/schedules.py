@@ -27,7 +27,8 @@ def reversal_coefficient(progress: Tensor, gamma: float = 10.0, maximum: float =
     tensor([0.0000, 0.4621, 0.9999])
     """
     # tanh(x / 2) = 2 / (1 + exp(-x)) - 1, without the cancellation near 0
-    return maximum * torch.tanh(0.5 * gamma * progress.clamp(0.0, 1.0))
+    rise = torch.tanh(0.5 * gamma * progress.clamp(0.0, 1.0))
+    return rise if maximum == 1.0 else maximum * rise
 
 
 def inverse_decay(iteration: int, gamma: float, beta: float) -> float:

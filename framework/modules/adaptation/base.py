@@ -191,7 +191,7 @@ class DomainAdaptation(ImageClassifier):
         alignment_loss = self.alignment_loss(source, target, batch)
         self.watch_target(target.logits)
         return self.logged_loss(
-            classification_loss + self.trade_off * alignment_loss,
+            torch.add(classification_loss, alignment_loss, alpha=self.trade_off),
             classification_loss=classification_loss,
             alignment_loss=alignment_loss,
             **self.alignment.diagnostics,
@@ -201,7 +201,9 @@ class DomainAdaptation(ImageClassifier):
         """The method's loss of a step's outputs; logs the norm of its gradient where it reaches the features,
         every ``log_every_n_steps``."""
         source, target = self.to_align(source, target, batch)
-        loss: Tensor = self.alignment(self._observed(source, "source"), self._observed(target, "target"), self.progress)
+        if self._means.due(self.trainer):
+            source, target = self._observed(source, "source"), self._observed(target, "target")
+        loss: Tensor = self.alignment(source, target, self.progress)
         return loss
 
     def to_align(
@@ -213,14 +215,15 @@ class DomainAdaptation(ImageClassifier):
         domains = batch.source.domains
         if not isinstance(domains, Tensor):  # where it is not said
             domains = torch.full_like(labels, domains)
-        source = self.gathered(source._replace(labels=labels, domains=domains))._replace(images=batch.source.images)
-        target = self.gathered(target)._replace(images=batch.target)
+        source = self.gathered(NetworkOutputs(source.features, source.logits, labels, domains))
+        target = self.gathered(target)
         self.reseed(SAME_ON_ALL_PROCESSES)  # what the loss draws, on the same gathered batch
-        return source, target
+        return (
+            NetworkOutputs(*source[:-1], images=batch.source.images),
+            NetworkOutputs(target.features, target.logits, images=batch.target),
+        )
 
     def _observed(self, outputs: NetworkOutputs, domain: Domain) -> NetworkOutputs:
-        if not self._means.due(self.trainer):
-            return outputs
         # views, whose gradients are the alignment's alone: behind a gradient reversal, what comes through it
         views = {}
         for part in ("features", "logits"):

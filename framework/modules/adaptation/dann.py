@@ -87,6 +87,7 @@ class AdversarialLoss(AlignmentLoss):
         self.discriminator = DomainDiscriminator(discriminated_features, hidden_features, normalization)
         self.domain_factor = {"sum": 1.0, "mean": 0.5}[domain_weighting]
         self.source_label = source_label
+        self._known: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
         self.reversal_schedule = reversal_schedule
         self.reversal_gamma, self.reversal_maximum = reversal_gamma, reversal_maximum
 
@@ -112,22 +113,33 @@ class AdversarialLoss(AlignmentLoss):
             source_count: ``N``.
             weights: of the source's images ``[N]`` and of the target's ``[M]``; 1 by default.
         """
-        counts = source_count, len(logits) - source_count
-        signs = (1.0, -1.0) if self.source_label == 0 else (-1.0, 1.0)
-        # of each image: its share of its domain's mean, and the sign of a logit that is wrong
-        share = torch.cat([logits.new_full((count,), 1 / count) for count in counts])
-        wrong = torch.cat([logits.new_full((count,), sign) for count, sign in zip(counts, signs, strict=True)])
+        share, wrong = self._known_constants(source_count, logits)
         against = logits * wrong
         losses = F.softplus(against)  # -log sigmoid(z) for label 1, -log(1 - sigmoid(z)) for label 0
-        plain = torch.dot(losses, share)
+        loss = torch.dot(losses, share)
         self.diagnostics = {
             **self.diagnostics,
-            "domain_loss": plain.detach() / 2,
-            "domain_accuracy": 0.5 - torch.dot(against.detach().sign(), share) / 4,
+            "domain_loss": loss.detach() * (0.5 / self.domain_factor),
+            "domain_accuracy": 0.5 - torch.dot(against.detach().sign(), share) * (0.25 / self.domain_factor),
         }
-        if weights is None:
-            return self.domain_factor * plain
-        return self.domain_factor * torch.dot(losses, share * torch.cat(weights).to(share.dtype))
+        return loss if weights is None else torch.dot(losses, share * torch.cat(weights).to(share.dtype))
+
+    def _known_constants(self, source_count: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the step before, where it had as many images: making them costs as much as the loss."""
+        if torch.compiler.is_compiling():
+            return self._constants(source_count, logits)
+        key = source_count, len(logits), logits.dtype, logits.device
+        if self._known is None or self._known[0] != key:
+            with torch.inference_mode(False):  # else training could not use what an evaluation has made
+                self._known = key, self._constants(source_count, logits)
+        return self._known[1]
+
+    def _constants(self, source_count: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each image its share of the loss, and the sign of a logit that is wrong."""
+        counts = source_count, len(logits) - source_count
+        signs = (1.0, -1.0) if self.source_label == 0 else (-1.0, 1.0)
+        share = torch.cat([logits.new_full((count,), self.domain_factor / count) for count in counts])
+        return share, torch.cat([logits.new_full((count,), sign) for count, sign in zip(counts, signs, strict=True)])
 
     def complaints(self, means: dict[str, float], progress: float) -> Iterator[tuple[str, str]]:
         """A discriminator that is right on all images, while the features should have been turned against it."""

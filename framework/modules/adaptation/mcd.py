@@ -132,7 +132,8 @@ class MCD(DomainAdaptation):
             if step:
                 features = self._features(batch, ("target",))
             with self._frozen_heads():
-                features["target"] = self._observed_target(features["target"])
+                if self._means.due(self.trainer):
+                    features["target"] = self._observed_target(features["target"])
                 with self._drawn_alike(2 + step):
                     logits = self._logits(features)
                     found.append(self.discrepancy(*logits["target"]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contract import toy_accuracy
 
 from framework.errors import ConfigurationError
@@ -38,11 +39,31 @@ def test_value_against_a_loop(weighting: Any, factor: float) -> None:
     assert float(value) == pytest.approx(factor * total, rel=1e-6)
 
 
+@pytest.mark.parametrize("weighting", ["sum", "mean"])
+def test_one_loss_for_batches_of_any_size(weighting: Any) -> None:
+    """What it keeps of a batch serves the next one only where that is alike; an evaluation's serves training."""
+    alignment, progress = loss(domain_weighting=weighting), torch.tensor(0.5)
+    for source_count, target_count in ((5, 9), (5, 9), (9, 5), (7, 7), (7, 8)):
+        source, target = outputs(source_count), outputs(target_count, 1.0)
+        with torch.inference_mode():
+            evaluated = alignment(source, target, progress)
+        value = alignment(source, target, progress)
+        value.backward()
+        logits = [alignment.discriminator(domain.features) for domain in (source, target)]
+        means = [F.softplus(-logits[0]).mean(), F.softplus(logits[1]).mean()]
+        expected = sum(means) if weighting == "sum" else sum(means) / 2
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(evaluated, expected)
+        right = [float((logits[0] > 0).double().mean()), float((logits[1] < 0).double().mean())]
+        assert float(alignment.diagnostics["domain_accuracy"]) == pytest.approx(sum(right) / 2)
+        assert float(alignment.diagnostics["domain_loss"]) == pytest.approx(float(sum(means)) / 2)
+
+
 def test_features_get_minus_the_coefficient_times_the_discriminators_gradient() -> None:
     alignment, source, target, progress = loss(), outputs(5), outputs(5, 1.0), torch.tensor(0.3)
     coefficient = 2 / (1 + math.exp(-10 * 0.3)) - 1
     reversed_gradient = torch.autograd.grad(alignment(source, target, progress), source.features)[0]
-    plain = torch.nn.functional.softplus(-alignment.discriminator(source.features)).mean()
+    plain = F.softplus(-alignment.discriminator(source.features)).mean()
     torch.testing.assert_close(
         reversed_gradient, -coefficient * torch.autograd.grad(plain, source.features)[0], rtol=1e-5, atol=1e-8
     )
