@@ -192,8 +192,10 @@ class BackboneModule(L.LightningModule):
         every tenth, and of an epoch's last batch: a call of ``log`` costs as much as all else that Lightning does in a
         step.
         """
-        values = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
-        self._means.add({name: value.detach() if value.requires_grad else value for name, value in values.items()})
+        values = {"train/loss": loss.detach()}
+        for name, term in terms.items():
+            values[f"train/{name}"] = term.detach() if term.requires_grad else term
+        self._means.add(values)
         trainer = self._trainer  # None where a step is taken by hand
         if trainer and (batches_processed(trainer) % SHOW_LOSS_EVERY == 0 or trainer.is_last_batch):
             self.log("train/loss", loss.detach(), prog_bar=True, logger=False)
