@@ -36,7 +36,8 @@ class AlignmentLoss(nn.Module):
         term: the name under which :class:`~framework.modules.adaptation.AlignmentSum` offers the loss, if it does.
         is_task: whether it asks something of predictions or features in each domain by itself, as MCC and rotation do,
             and does not compare the domains.
-        diagnostics: what the last forward measured, detached 0-d tensors by name; the base logs them as ``train/…``.
+        diagnostics: what the last forward measured, detached 0-d tensors by name, which are not written to afterwards
+            (of a buffer that is, a clone); the base logs them as ``train/…``.
     """
 
     term: ClassVar[str] = ""
