@@ -180,3 +180,34 @@ def test_a_row_is_the_mean_of_its_steps(method: Any, domains: Path) -> None:
     means = {name: sum(each) / len(each) for name, each in values.items()}
     assert len(means) > 2 or method.__name__ == "SourceOnly"
     assert {name: found[name] for name in means} == pytest.approx(means, rel=1e-4, abs=1e-5)
+
+
+class Losses(Callback):
+    """Keeps each step's."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def test_a_second_run_begins_anew(images: Callable[..., Path], tmp_path: Path) -> None:
+    """What the first one has measured since its last row is no part of it."""
+    images(tmp_path, ["a", "b"], count=12)
+    module = ResidualClassifier(2, backbone="resnet8", learning_rate=0.1)
+    rows: list[list[float]] = []
+    for steps in (3, 4):
+        data = ImageFolderDataModule(str(tmp_path), batch_size=2, steps_per_epoch=steps, image_size=16, num_workers=0)
+        logger, losses = Rows(), Losses()
+        Trainer(
+            max_epochs=1,
+            logger=logger,
+            callbacks=[losses],
+            log_every_n_steps=4,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+        ).fit(module, data)
+        rows.append([row["train/loss"] for _, row in logger.rows if "train/loss" in row])
+    assert rows == [[], [pytest.approx(sum(losses.values) / 4)]]

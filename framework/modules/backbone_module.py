@@ -179,7 +179,9 @@ class BackboneModule(L.LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Say once what the run started from, now that all parts are built; not where it goes on from another."""
+        """Say once what the run started from, now that all parts are built; not where it goes on from another. Forget
+        what a run before it has measured since its last row."""
+        self._means = RunningMeans()
         if self._initialization is not None and not self.trainer.ckpt_path:
             report(self._initialization.account())
         self._initialization = None
@@ -187,6 +189,8 @@ class BackboneModule(L.LightningModule):
     # ------------------------------------------------------------------ training
     def logged_loss(self, loss: Tensor, **terms: Tensor) -> Tensor:
         """``loss``, after logging it and the named terms that it is made of under ``train/``.
+
+        All are 0-d tensors, which are kept for some steps: nobody may write to them afterwards.
 
         The loggers get running means. The progress bar and ``trainer.callback_metrics`` get the loss of the first, of
         every tenth, and of an epoch's last batch: a call of ``log`` costs as much as all else that Lightning does in a

@@ -38,7 +38,7 @@ class PretextTask(nn.Module):
     Attributes:
         changes_images: the network sees other images than a classifier will: rotated, shuffled or masked ones.
         views: how many views of an image it takes.
-        diagnostics: what the last forward measured, detached 0-d tensors by name.
+        diagnostics: what the last forward measured, detached 0-d tensors by name, which are not written to afterwards.
     """
 
     changes_images: ClassVar[bool] = False
